@@ -1,0 +1,36 @@
+"""Convert pretrained Transformers into Mamba models, in two stages.
+
+    import hm
+    teacher = hm.load_teacher("EleutherAI/pythia-1b")
+    student = hm.convert(teacher, mixer="hedgemamba")
+    student.save_pretrained("out"); hm.load_student("out")
+
+Names are loaded when they are first used, so that reading records needs no PyTorch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "UserError": "hm.errors",
+    "StudentConfig": "hm.modeling",
+    "StudentForCausalLM": "hm.modeling",
+    "convert": "hm.convert",
+    "linear_recurrence": "hm.ops",
+    "load_student": "hm.modeling",
+    "load_teacher": "hm.teacher",
+    "load_tokenizer": "hm.teacher",
+    "perplexity": "hm.evaluate",
+    "report": "hm.convert",
+}
+__all__ = ["UserError", *sorted(set(_WHERE) - {"UserError"})]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value

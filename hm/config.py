@@ -1,0 +1,335 @@
+"""The typed settings of one cell, and the sentence that a wrong one is answered with.
+
+A cell is one point of a study: a teacher, a mixer, a budget, a split, a seed. What the study varies is flat at the
+top (`mixer=`, `stage1_tokens=`); what is rarely touched sits in groups (`stage2.lr=`). `Settings` is what a user may
+type; `Settings.resolve()` checks it and fills in what follows from it, without touching a GPU or loading a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from hm.errors import UserError
+
+MIXERS: dict[str, dict[str, bool]] = {
+    "hedgehog": {"ssm": False, "conv": False, "gate": False},
+    "ssm": {"ssm": True, "conv": False, "gate": False},
+    "ssm_conv": {"ssm": True, "conv": True, "gate": False},
+    "hedgemamba": {"ssm": True, "conv": True, "gate": True},
+    "gate": {"ssm": False, "conv": False, "gate": True},
+    "mamba": {"ssm": True, "conv": True, "gate": True},
+}
+RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
+LOSSES = ("ce", "kl", "ce+kl")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def setting(default: Any, help: str, example: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that carries its own line of `--help`."""
+    meta = {"help": help, "example": example, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class FeatureMap:
+    """phi, METHOD's equation of stage 1."""
+
+    per_head: bool = setting(False, "one W, b per head instead of one per layer (the paper's counts say per layer)", "true")
+    softmax: str = setting("joint", "softmax over all 2d features, or over each half", "separate", ("joint", "separate"))
+
+
+@dataclass
+class Stage:
+    """How one stage is trained."""
+
+    lr: float = setting(1e-3, "peak learning rate of parameters copied from the teacher", "3e-4")
+    lr_new: float | None = setting(None, "peak learning rate of new parameters; null: the same as lr", "1e-2")
+    warmup: float = setting(0.05, "part of the steps with linear warm-up", "0.02")
+    min_lr: float = setting(0.1, "the cosine ends at this part of the peak", "0.0")
+    weight_decay: float = setting(0.1, "AdamW weight decay, on matrices only", "0.0")
+    beta1: float = setting(0.9, "AdamW beta1", "0.9")
+    beta2: float = setting(0.95, "AdamW beta2", "0.99")
+    clip: float = setting(1.0, "clip the gradient to this norm; 0 switches it off", "0.5")
+    batch_size: int = setting(8, "sequences per step", "48")
+    micro_batch: int | None = setting(None, "sequences per backward pass (gradient accumulation); null: all at once", "4")
+
+
+@dataclass
+class Stage1(Stage):
+    lr: float = setting(1e-2, "peak learning rate of the feature maps", "3e-3")
+    weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only", "0.1")
+    feed: str = setting(
+        "teacher", "whose hidden states the student's layers see", "student", ("teacher", "student")
+    )
+
+
+@dataclass
+class Stage2(Stage):
+    loss: str = setting("ce", "next-token cross-entropy, KL to the teacher's logits, or both", "ce+kl", LOSSES)
+    kl_weight: float = setting(0.9, "weight of the KL in loss=ce+kl (cross-entropy gets the rest)", "0.5")
+
+
+@dataclass
+class Evaluate:
+    sequences: int | None = setting(200, "validation sequences for perplexity; null: all", "1000")
+    batch_size: int = setting(8, "sequences per evaluation batch", "32")
+
+
+@dataclass
+class MambaInit:
+    """The one-step baseline's mixer."""
+
+    copy_projections: bool = setting(False, "start C, B, x and output projections from the teacher's q, k, v, o", "true")
+
+
+@dataclass
+class Settings:
+    """What a user may type. `resolve()` turns it into what is run."""
+
+    scale: str = setting("tiny", "the scale that the defaults come from (a file of sweeps/scale/)", "smollm2")
+    study: str = setting("default", "name of the study that the records are filed under", "mixer")
+    row: str | None = setting(None, "row of the study's table that this cell fills", "hedgemamba")
+    teacher: str = setting("tiny", "tiny, smollm2, a hub id, a folder, or a .gguf file", "EleutherAI/pythia-1b")
+    recipe: str = setting("two_stage", "how the cell is trained", "one_step", RECIPES)
+    mixer: str = setting("hedgemamba", "what replaces attention", "hedgehog", tuple(MIXERS))
+    ssm: bool | None = setting(None, "switch the SSM of the mixer on or off; null: as the mixer says", "false")
+    conv: bool | None = setting(None, "switch the convolution on or off; null: as the mixer says", "false")
+    gate: bool | None = setting(None, "switch the gate on or off; null: as the mixer says", "true")
+    budget: Any = setting(None, "tokens of both stages together", "20M")
+    stage1_tokens: Any = setting(None, "tokens of stage 1, or a part of the budget", "10%")
+    stage2_tokens: Any = setting(None, "tokens of stage 2, or a part of the budget", "18M")
+    default_budget: Any = setting("500k", "budget where none of the three is given (set by the scale)", "1B")
+    seed: int = setting(0, "seed of new parameters and of the data's order", "1")
+    data: str = setting("docstrings", "docstrings, a file, folder or glob of text, or hf:<name>", "hf:openwebtext")
+    validation: str | None = setting(None, "own validation text; null: a document-disjoint part of data", "val.jsonl.xz")
+    seq_len: int = setting(256, "tokens per sequence", "1024")
+    keep_attention: Any = setting(None, "layers that keep attention: every n-th, or a list; null: none", "[3,7,11]")
+    scan: str = setting("auto", "back end of the recurrence", "chunked", ("auto", "ssd", "chunked", "recurrent", "naive"))
+    device: str = setting("auto", "auto (cuda if there is one), cpu, cuda", "cpu", ("auto", "cpu", "cuda"))
+    precision: str = setting("auto", "auto: bf16 on cuda, fp32 on cpu", "bf16", ("auto", "fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile the student for training", "true")
+    force: bool = setting(False, "run a finished cell again, beside the old one", "true")
+    checkpoint_every: int = setting(200, "steps between checkpoints", "1000")
+    log_every: int = setting(10, "steps between logged losses", "50")
+    feature_map: FeatureMap = field(default_factory=FeatureMap)
+    mamba: MambaInit = field(default_factory=MambaInit)
+    stage1: Stage1 = field(default_factory=Stage1)
+    stage2: Stage2 = field(default_factory=Stage2)
+    eval: Evaluate = field(default_factory=Evaluate)
+
+    def resolve(self) -> Settings:
+        """A checked copy in which budget, stage1_tokens and stage2_tokens are numbers and the parts are booleans.
+
+        Raises:
+            UserError: for anything that can be seen to be wrong without loading a weight.
+        """
+        s = cast(Settings, dataclasses.replace(self))
+        for section, value in [("", s), *((g + ".", getattr(s, g)) for g in GROUPS)]:
+            for f in dataclasses.fields(value):
+                choices = f.metadata.get("choices")
+                if choices:
+                    check_choice(section + f.name, getattr(value, f.name), choices)
+        s.budget, s.stage1_tokens, s.stage2_tokens = split_tokens(s)
+        if s.recipe == "one_step":
+            if self.mixer not in ("mamba", "hedgemamba"):
+                raise UserError(f"recipe=one_step trains a plain Mamba, so mixer={self.mixer} does not go with it; leave mixer out.")
+            s.mixer = "mamba"
+        elif s.mixer == "mamba" and s.recipe == "two_stage":
+            raise UserError("mixer=mamba has no structured start, so it takes recipe=one_step, not recipe=two_stage.")
+        parts = MIXERS[s.mixer]
+        for part in ("ssm", "conv", "gate"):
+            typed = getattr(s, part)
+            if s.mixer == "mamba" and typed is False:
+                raise UserError(f"{part}=false can't be had with mixer=mamba, which is a whole block; leave {part} out.")
+            setattr(s, part, parts[part] if typed is None else typed)
+        for name, stage in (("stage1", s.stage1), ("stage2", s.stage2)):
+            if stage.batch_size < 1:
+                raise UserError(f"{name}.batch_size={stage.batch_size} must be at least 1.")
+            if stage.micro_batch is not None and (stage.micro_batch < 1 or stage.batch_size % stage.micro_batch):
+                raise UserError(f"{name}.micro_batch={stage.micro_batch} must divide {name}.batch_size={stage.batch_size}.")
+            for rate in ("lr", "lr_new"):
+                if getattr(stage, rate) is not None and not 0 < getattr(stage, rate) < math.inf:
+                    raise UserError(f"{name}.{rate}={getattr(stage, rate)} must be a positive number, such as 1e-3.")
+            tokens = s.stage1_tokens if name == "stage1" else s.stage2_tokens
+            per_step = stage.batch_size * s.seq_len
+            if 0 < tokens < per_step:
+                raise UserError(
+                    f"{name}_tokens={tokens} is less than one step of {name}.batch_size x seq_len = {per_step} tokens; "
+                    f"raise it to {per_step} or make the batch smaller."
+                )
+        if s.seq_len < 2:
+            raise UserError(f"seq_len={s.seq_len} must be at least 2.")
+        return s
+
+
+GROUPS = ("feature_map", "mamba", "stage1", "stage2", "eval")
+
+
+def tokens(value: Any, name: str = "tokens", budget: int | None = None) -> int:
+    """A token count: 50k, 20M, 1B, 1e9, 1000, or with a budget also "10%".
+
+    Raises:
+        UserError: if it is none of these, negative, or no whole number.
+    """
+    text = str(value).strip().replace("_", "")
+    if text.endswith("%") and budget is not None:
+        return round(_number(text[:-1], name, value) / 100 * budget)
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKmMbBtT]?)", text)
+    if not match:
+        raise UserError(f"{name}={value} is no token count; write it like 50k, 20M, 1B or 1e9.")
+    count = _number(match[1], name, value) * _UNITS[match[2].lower()]
+    if abs(count - round(count)) > 1e-6 * max(1.0, count):
+        raise UserError(f"{name}={value} is no whole number of tokens; write it like 50k, 20M, 1B or 1e9.")
+    return round(count)
+
+
+def _number(text: str, name: str, value: Any) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{name}={value} is no number; write it like 50k, 20M, 1B, 1e9 or 10%.") from None
+
+
+def human(count: int) -> str:
+    """The shortest form that `tokens` reads back as the same count: 50k, 20M, 1.5B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            text = f"{count / size:g}{unit}"
+            return text if tokens(text) == count else str(count)
+    return str(count)
+
+
+def split_tokens(s: Settings) -> tuple[int, int, int]:
+    """Any two of budget, stage1_tokens and stage2_tokens give the third; three that disagree are an error.
+
+    Returns (budget, stage1_tokens, stage2_tokens). One-step cells spend the whole budget in one go, which is counted
+    as stage 2; the untouched teacher spends nothing; the adapted teacher spends what stage 2 would.
+    """
+    if s.recipe == "teacher":
+        return 0, 0, 0
+    given = [n for n in ("budget", "stage1_tokens", "stage2_tokens") if getattr(s, n) is not None]
+    default = tokens(s.default_budget, "default_budget")
+    both_stages = s.stage1_tokens is not None and s.stage2_tokens is not None
+    budget = tokens(s.budget, "budget") if s.budget is not None else None
+    base = budget if budget is not None else default
+    one = tokens(s.stage1_tokens, "stage1_tokens", base) if s.stage1_tokens is not None else None
+    two = tokens(s.stage2_tokens, "stage2_tokens", base) if s.stage2_tokens is not None else None
+    if s.recipe == "one_step":
+        if one:
+            raise UserError(f"stage1_tokens={s.stage1_tokens} does not go with recipe=one_step, which has one stage; leave it out.")
+        return (two if budget is None and two is not None else base), 0, (two if two is not None else base)
+    if len(given) == 3 and one + two != budget:  # type: ignore[operator]
+        raise UserError(
+            f"budget={s.budget}, stage1_tokens={s.stage1_tokens} and stage2_tokens={s.stage2_tokens} don't add up "
+            f"({one} + {two} is not {budget}); give two of the three."
+        )
+    if both_stages:
+        budget = one + two  # type: ignore[operator]
+    else:
+        budget = base
+        if two is None:
+            one = round(0.1 * budget) if one is None else one
+            two = budget - one
+        else:
+            one = budget - two
+    if one is None or two is None or one < 0 or two < 0:
+        big = "stage1_tokens" if two is not None and two < 0 else "stage2_tokens"
+        raise UserError(
+            f"{big}={getattr(s, big)} is more than the budget of {human(budget)} tokens; "  # type: ignore[arg-type]
+            f"raise budget= or lower {big}=."
+        )
+    if s.recipe == "adapted_teacher":
+        return two, 0, two
+    return budget, one, two  # type: ignore[return-value]
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise a UserError that names the nearest right value if `value` is not among `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.4)
+        hint = f"did you mean {name}={near[0]}? " if near else ""
+        raise UserError(f"{name}={value} is not known; {hint}Known: {', '.join(map(str, choices))}.")
+
+
+def names() -> dict[str, dataclasses.Field]:
+    """Every setting by its full name: {"mixer": Field, "stage2.lr": Field, ...}."""
+    found = {}
+    for f in dataclasses.fields(Settings):
+        if f.name in GROUPS:
+            group = f.default_factory  # type: ignore[union-attr]
+            found |= {f"{f.name}.{g.name}": g for g in dataclasses.fields(cast(Any, group))}
+        else:
+            found[f.name] = f
+    return found
+
+
+def check_names(given: list[str]) -> None:
+    """Raise a UserError for the first name that is no setting, with the nearest right one."""
+    known = names()
+    for name in given:
+        if name not in known and name not in GROUPS:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) or [
+                k for k in known if k.split(".")[-1] == name.split(".")[-1]
+            ]
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"there is no setting {name!r}{hint} (python sweep.py --help lists them all).")
+
+
+def from_dict(values: dict[str, Any]) -> Settings:
+    """Settings from nested or dotted names; a wrong name or type is a UserError."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name in GROUPS:
+            flat |= {f"{name}.{k}": v for k, v in value.items()}
+        else:
+            flat[name] = value
+    check_names(list(flat))
+    known, settings = names(), Settings()
+    for name, value in flat.items():
+        group, _, leaf = name.rpartition(".")
+        target = getattr(settings, group) if group else settings
+        setattr(target, leaf, _typed(name, value, known[name]))
+    return settings
+
+
+def _typed(name: str, value: Any, f: dataclasses.Field) -> Any:
+    """`value` as the field's type; "3e-4" is a float, "4" an int."""
+    kinds = {"bool": bool, "int": int, "float": float, "str": str}
+    options = [kinds[k.strip()] for k in str(f.type).split("|") if k.strip() in kinds]
+    if value is None and "None" in str(f.type) or not options:
+        return value
+    kind = options[0]
+    try:
+        if value is None or (isinstance(value, bool) and kind is not bool) or isinstance(value, (list, dict)):
+            raise ValueError
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        raise UserError(f"{name}={value} must be {wanted}, such as {name}={f.metadata['example']}.") from None
+
+
+def help_text() -> str:
+    """Every setting with its meaning, default, choices and an example."""
+    lines = []
+    for name, f in names().items():
+        default = getattr(getattr(Settings(), name.split(".")[0]), name.split(".")[1]) if "." in name else getattr(Settings(), name)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        choices = f.metadata.get("choices")
+        lines.append(f"  {name:<27}{f.metadata['help']}")
+        also = f"  one of: {', '.join(choices)}" if choices else ""
+        lines.append(f"  {'':<27}  default: {shown}   example: {name}={f.metadata['example']}{also}")
+    return "\n".join(lines)
+
+

@@ -1,0 +1,205 @@
+"""Teacher -> student: what is copied, what is new, what is frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hm.adapters import adapter_for
+from hm.config import MIXERS, FeatureMap, check_choice
+from hm.errors import UserError
+from hm.mixer import MixerSpec
+from hm.modeling import StudentConfig, StudentForCausalLM
+
+NEW_PARTS = {"phi_q": "feature map", "phi_k": "feature map", "ssm": "ssm", "conv": "conv", "gate": "gate"}
+MAMBA_NEW = {"z_proj": "gate", "dt_proj": "ssm", "conv": "conv", "A_log": "ssm", "D": "ssm", "norm": "norm"}
+PROJECTIONS = {"qkv_proj": "projections", "o_proj": "projections"}
+
+
+def convert(
+    teacher: PreTrainedModel,
+    mixer: str = "hedgemamba",
+    *,
+    ssm: bool | None = None,
+    conv: bool | None = None,
+    gate: bool | None = None,
+    keep_attention: int | Sequence[int] | str | None = None,
+    feature_map: FeatureMap | None = None,
+    copy_projections: bool | None = None,
+    scan: str = "auto",
+    seed: int = 0,
+) -> StudentForCausalLM:
+    """A new student from a teacher; the teacher is not touched.
+
+    Args:
+        mixer: a name of `MIXERS`; `ssm`, `conv` and `gate` switch its parts on or off.
+        keep_attention: n to keep attention in every n-th layer (the n-th, 2n-th, ...), or the layers' indices.
+        copy_projections: start q, k, v and o from the teacher; by default True, except for mixer="mamba".
+        seed: of what starts at random.
+
+    Raises:
+        UserError: unknown mixer, a teacher without an adapter, layers that don't exist.
+    """
+    check_choice("mixer", mixer, MIXERS)
+    parts = {n: MIXERS[mixer][n] if v is None else v for n, v in (("ssm", ssm), ("conv", conv), ("gate", gate))}
+    adapter = adapter_for(teacher.config)
+    adapter.check(teacher.config)
+    feature_map = feature_map or FeatureMap()
+    kept = kept_layers(keep_attention, teacher.config.num_hidden_layers)
+    spec = MixerSpec(
+        kind=mixer, **parts, per_head=feature_map.per_head, softmax=feature_map.softmax,
+        copy_projections=mixer != "mamba" if copy_projections is None else copy_projections,
+        scan=scan, shape=vars(adapter.shape(teacher.config)).copy(),
+    )  # fmt: skip
+    config = StudentConfig(teacher_config=teacher.config.to_dict(), mixer=spec.to_dict(), keep_attention=kept)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        student = StudentForCausalLM(config, backbone=copy.deepcopy(teacher))
+        for i, layer in enumerate(adapter.layers(teacher)):
+            if i in kept:
+                continue
+            new = adapter.attention(adapter.layers(student.backbone)[i])
+            new.to(device=teacher.device)
+            new.reset_parameters()
+            if spec.copy_projections:
+                new.copy_attention(adapter.split(adapter.attention(layer), adapter.shape(teacher.config)))
+    finally:
+        torch.set_rng_state(generator_state)
+    student.to(dtype=teacher.dtype)
+    trainable(student, "stage2")
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def kept_layers(keep_attention: int | Sequence[int] | str | None, num_layers: int) -> list[int]:
+    """Indices of the layers that keep attention.
+
+    Raises:
+        UserError: for an index that the teacher doesn't have, or anything that is neither a number nor a list.
+    """
+    value = keep_attention
+    if value is None or value == [] or value == 0:
+        return []
+    if isinstance(value, str):
+        try:
+            value = [int(v) for v in value.strip("[]() ").split(",")] if "," in value or "[" in value else int(value)
+        except ValueError:
+            raise UserError(f"keep_attention={keep_attention} is no number and no list; write 4 or [3,7,11].") from None
+    kept = list(range(value - 1, num_layers, value)) if isinstance(value, int) and value > 0 else value
+    if isinstance(kept, int) or not all(isinstance(i, int) and 0 <= i < num_layers for i in kept):
+        raise UserError(
+            f"keep_attention={keep_attention} names a layer that the teacher doesn't have; its layers are 0 to {num_layers - 1}."
+        )
+    return sorted(set(kept))
+
+
+def is_new(student: StudentForCausalLM, name: str) -> bool:
+    """Whether a parameter (by name) is not copied from the teacher."""
+    part = part_of(student, name)
+    return part not in ("embeddings", "backbone", "attention") and not (
+        part == "projections" and student.config.mixer["copy_projections"]
+    )
+
+
+def part_of(student: StudentForCausalLM, name: str) -> str:
+    """The part a parameter belongs to: embeddings, backbone (norms, MLPs), attention (kept), projections, or a new part."""
+    if any(name == n for n, _ in embeddings(student)):
+        return "embeddings"
+    pieces = name.split(".")
+    table = PROJECTIONS | (MAMBA_NEW if student.config.mixer["kind"] == "mamba" else NEW_PARTS)
+    attention = student.adapter.attention_name
+    if attention not in pieces:
+        return "backbone"
+    leaf = pieces[pieces.index(attention) + 1]
+    return table.get(leaf, "attention")
+
+
+def embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """The input and output embeddings' parameters by name (one entry if they are tied)."""
+    modules = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    wanted = {id(p) for m in modules for p in m.parameters()}
+    return [(n, p) for n, p in model.named_parameters() if id(p) in wanted]
+
+
+def trainable(model: PreTrainedModel, stage: str) -> list[tuple[str, nn.Parameter]]:
+    """Set requires_grad for a stage and return what is trainable.
+
+    stage1: the feature maps. stage2 (also the one-step and the adapted-teacher recipe): all but the embeddings.
+    """
+    model.requires_grad_(False)
+    frozen = {n for n, _ in embeddings(model)}
+    chosen = []
+    for name, parameter in model.named_parameters():
+        if stage == "stage1":
+            wanted = isinstance(model, StudentForCausalLM) and part_of(model, name) == "feature map"
+        else:
+            wanted = name not in frozen
+        if wanted:
+            parameter.requires_grad_(True)
+            chosen.append((name, parameter))
+    return chosen
+
+
+@dataclass
+class Report:
+    """What conversion did, by part: number of parameters, whether copied or new, whether trainable in stage 2."""
+
+    rows: list[tuple[str, str, int, int]]
+    mixer: str
+    layers: int
+    kept: list[int]
+
+    @property
+    def counts(self) -> dict:
+        by_part = {part: count for part, _, count, _ in self.rows}
+        return {
+            "total": sum(by_part.values()),
+            "new": sum(c for _, origin, c, _ in self.rows if origin == "new"),
+            "trainable": sum(t for *_, t in self.rows),
+            "by_part": by_part,
+        }
+
+    def __str__(self) -> str:
+        head = f"{self.mixer}: {self.layers - len(self.kept)} of {self.layers} layers converted"
+        if self.kept:
+            head += f" (hybrid: attention kept in layers {', '.join(map(str, self.kept))})"
+        lines = [head, f"  {'part':<14}{'origin':<8}{'parameters':>14}{'trainable':>14}{'frozen':>14}"]
+        for part, origin, count, train in self.rows:
+            lines.append(f"  {part:<14}{origin:<8}{count:>14,}{train:>14,}{count - train:>14,}")
+        c = self.counts
+        lines.append(f"  {'total':<14}{'':<8}{c['total']:>14,}{c['trainable']:>14,}{c['total'] - c['trainable']:>14,}")
+        return "\n".join(lines)
+
+
+def report(student: StudentForCausalLM, stage: str = "stage2") -> Report:
+    """Parameters by part for a student, as `stage` would train it (`str()` of it is a table for people)."""
+    training = {n for n, _ in trainable(student, stage)}
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, parameter in student.named_parameters():
+        origin = "new" if is_new(student, name) else "copied"
+        row = rows.setdefault((part_of(student, name), origin), [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() if name in training else 0
+    config = student.config
+    kind = config.mixer["kind"] if config.mixer["kind"] == "mamba" else parts_name(config.mixer)
+    return Report([(p, o, c, t) for (p, o), (c, t) in rows.items()], kind, config.num_hidden_layers, config.keep_attention)
+
+
+def parts_name(spec: dict) -> str:
+    """hedgehog, +ssm, +ssm+conv+gate, ..."""
+    on = [p for p in ("ssm", "conv", "gate") if spec[p]]
+    return "+" + "+".join(on) if on else "hedgehog"
+
+
+def teacher_counts(model: PreTrainedModel, names: Iterable[str] = ()) -> dict:
+    """Parameter counts of a teacher in the form of `Report.counts`."""
+    frozen = {id(p) for _, p in embeddings(model)}
+    total = sum(p.numel() for p in model.parameters())
+    embedded = sum(p.numel() for p in model.parameters() if id(p) in frozen)
+    return {"total": total, "new": 0, "trainable": 0, "by_part": {"embeddings": embedded, "backbone": total - embedded}}

@@ -1,0 +1,326 @@
+"""The sequence mixers: what replaces attention in a layer.
+
+`Mixer` is linear attention with up to three parts of a selective state space model. Per head, at token t:
+
+    u_t = conv(x)_t                      conv: causal, depthwise, width 4, on the layer input      (off: u = x)
+    q, k, v = rotary(W_qkv u_t)          copied from the teacher
+    delta_t = softplus(W_up W_down u_t + b)   Lambda_t = exp(-delta_t A)      ssm                  (off: 1 and 1)
+    h_t = Lambda_t h_{t-1} + delta_t phi(k_t) v_t^T        z_t = Lambda_t z_{t-1} + delta_t phi(k_t)
+    y_t = (phi(q_t) . h_t) / (phi(q_t) . z_t)
+    y_t <- y_t * silu(W_g x_t + b_g)     gate                                                      (off: y)
+    out = W_o y_t                        copied from the teacher
+
+Every part starts as the identity, so whatever is switched on, the converted student computes what the Hedgehog
+student computes (METHOD, section 2). `MambaMixer` is the one-step baseline: Mamba-2's block with its own start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hm.adapters import AttentionShape, apply_rotary
+from hm.feature_maps import HedgehogFeatureMap
+from hm.ops import linear_recurrence, resolve_scan
+
+SILU_ONE = 1.2784645427610738
+"""silu(SILU_ONE) = 1: the gate's bias at the start."""
+CONV_WIDTH = 4
+DELTA_MIN, DELTA_MAX = 1e-3, 1e-1
+
+
+@dataclass
+class MixerSpec:
+    """What a mixer is made of; plain data, kept in the student's config."""
+
+    kind: str = "hedgemamba"
+    ssm: bool = True
+    conv: bool = True
+    gate: bool = True
+    per_head: bool = False
+    softmax: str = "joint"
+    copy_projections: bool = True
+    scan: str = "auto"
+    chunk_size: int = 64
+    shape: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class LayerState:
+    """What one layer remembers between tokens; its size does not depend on how many there were.
+
+    conv: (B, CONV_WIDTH - 1, channels) last inputs of the convolution, or None; ssm: (B, H, N, P) state, or None.
+    """
+
+    conv: Tensor | None = None
+    ssm: Tensor | None = None
+    seen: int = 0
+
+
+class Decay(torch.autograd.Function):
+    """max(a, 0) whose gradient at a <= 0 passes only where it would raise a.
+
+    A decay rate A = max(a, 0) may start at exactly 0 (Lambda = 1, the identity) and still learn: at the boundary a
+    step that would make A positive goes through, one that would make it negative does not (projected gradient).
+    exp(A_log) can't do this: where it is close to 0, so is its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return a.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (a,) = ctx.saved_tensors
+        return torch.where((a > 0) | (grad < 0), grad, torch.zeros_like(grad))
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time. x: (B, L, C) -> (B, L, C), and the last width - 1 inputs."""
+
+    def __init__(self, channels: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, CONV_WIDTH))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Identity: the tap of the present is 1, the others 0."""
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:, -1] = 1
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if past is None:
+            past = x.new_zeros(x.shape[0], CONV_WIDTH - 1, x.shape[2])
+        full = torch.cat([past.to(x.dtype), x], dim=1)
+        length, weight = x.shape[1], self.weight.to(x.dtype)
+        y = sum(full[:, i : i + length] * weight[:, i] for i in range(CONV_WIDTH))
+        assert isinstance(y, Tensor)
+        if self.bias is not None:
+            y = y + self.bias.to(x.dtype)
+        return y, full[:, length:]
+
+
+class SelectiveDecay(nn.Module):
+    """delta_t and A of the SSM, one of each per head (Mamba-2's form).
+
+    u: (B, L, D) -> delta (B, L, H) > 0, A (H,) >= 0. The low-rank projection of delta has rank D / 16, as in Mamba.
+    The start is exact: A = 0 and so Lambda = 1; delta is constant (the up-projection is 0), spaced evenly in its
+    logarithm over the heads from 0.001 to 0.1, which cancels in the normalised output. A learns from the first step
+    (see `Decay`), at a pace that the head's delta sets: heads of small delta forget slowly.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.down = nn.Linear(hidden_size, max(1, math.ceil(hidden_size / 16)), bias=False)
+        self.up = nn.Linear(self.down.out_features, num_heads)
+        self.A = nn.Parameter(torch.empty(num_heads))
+
+    def reset_parameters(self) -> None:
+        self.down.reset_parameters()
+        with torch.no_grad():
+            self.up.weight.zero_()
+            steps = torch.linspace(0, 1, self.num_heads, device=self.A.device)
+            delta = torch.exp(math.log(DELTA_MIN) + steps * math.log(DELTA_MAX / DELTA_MIN))
+            self.up.bias.copy_(inverse_softplus(delta))
+            self.A.zero_()
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return F.softplus(self.up(self.down(u)).float()), Decay.apply(self.A)
+
+
+class Gate(nn.Module):
+    """silu(W_g x + b_g), which is 1 at the start. x: (B, L, D) -> (B, L, H * d)."""
+
+    def __init__(self, hidden_size: int, out_size: int):
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, out_size)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.proj.weight.zero_()
+            self.proj.bias.fill_(SILU_ONE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.proj(x))
+
+
+class BaseMixer(nn.Module):
+    """What the two mixers share: the call of a Transformers attention module, the state, the scan."""
+
+    def __init__(self, spec: MixerSpec, layer_idx: int):
+        super().__init__()
+        self.spec, self.layer_idx, self.shape = spec, layer_idx, AttentionShape(**spec.shape)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values=None,
+        layer_past=None,
+        padding_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: (B, L, D) -> ((B, L, D), None), as a Transformers attention module returns it.
+
+        padding_mask: (B, >= L), 1 for tokens and 0 for padding; its last L columns belong to hidden_states. Padding
+        leaves the state as it was. `attention_mask` is the causal mask of attention and is not used here.
+        """
+        cache = past_key_values if past_key_values is not None else layer_past
+        state = cache.state(self.layer_idx) if cache is not None else None
+        keep = None
+        if padding_mask is not None:
+            keep = padding_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
+            hidden_states = hidden_states * keep
+        y = self.mix(hidden_states, position_embeddings, state, keep)
+        if state is not None:
+            state.seen += hidden_states.shape[1]
+        return y, None
+
+    def mix(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, state: LayerState | None, keep: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def recur(self, q, k, v, delta, A, state: LayerState | None, normalize: bool) -> Tensor:
+        scan = resolve_scan(self.spec.scan, q.device, q.shape[-1])
+        if state is None:
+            return linear_recurrence(q, k, v, delta, A, scan=scan, chunk_size=self.spec.chunk_size, normalize=normalize)
+        if q.shape[1] == 1:
+            scan = "recurrent"
+        y, state.ssm = linear_recurrence(
+            q, k, v, delta, A, scan=scan, chunk_size=self.spec.chunk_size, normalize=normalize,
+            initial_state=state.ssm, return_state=True,
+        )  # fmt: skip
+        return y
+
+
+class Mixer(BaseMixer):
+    """Linear attention with SSM, convolution and gate each on or off; see the equations at the top of the file."""
+
+    def __init__(self, spec: MixerSpec, layer_idx: int):
+        super().__init__(spec, layer_idx)
+        s = self.shape
+        self.q_size, self.kv_size = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        self.qkv_proj = nn.Linear(s.hidden_size, self.q_size + 2 * self.kv_size, bias=s.qkv_bias)
+        self.o_proj = nn.Linear(self.q_size, s.hidden_size, bias=s.out_bias)
+        self.phi_q = HedgehogFeatureMap(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
+        self.phi_k = HedgehogFeatureMap(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
+        self.ssm = SelectiveDecay(s.hidden_size, s.num_heads) if spec.ssm else None
+        self.conv = CausalConv(s.hidden_size) if spec.conv else None
+        self.gate = Gate(s.hidden_size, self.q_size) if spec.gate else None
+
+    def reset_parameters(self) -> None:
+        """The structured start: every new part is the identity. The projections are left to the caller."""
+        for part in (self.phi_q, self.phi_k, self.ssm, self.conv, self.gate):
+            if part is not None:
+                part.reset_parameters()
+
+    def copy_attention(self, weights: dict[str, Tensor | None]) -> None:
+        """Take q, k, v and o from the teacher's attention (`Adapter.split`)."""
+        with torch.no_grad():
+            self.qkv_proj.weight.copy_(torch.cat([weights[f"{n}_weight"] for n in "qkv"]))  # type: ignore[arg-type]
+            self.o_proj.weight.copy_(weights["o_weight"])  # type: ignore[arg-type]
+            if self.qkv_proj.bias is not None:
+                self.qkv_proj.bias.copy_(torch.cat([weights[f"{n}_bias"] for n in "qkv"]))  # type: ignore[arg-type]
+            if self.o_proj.bias is not None:
+                self.o_proj.bias.copy_(weights["o_bias"])  # type: ignore[arg-type]
+
+    def qkv(self, u: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """u: (B, L, D) -> q (B, L, H, d), k and v (B, L, G, d), rotated."""
+        b, length, _ = u.shape
+        q, k, v = self.qkv_proj(u).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k, v = (t.view(b, length, -1, self.shape.head_dim) for t in (q, k, v))
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+    def mix(self, x, rotary, state, keep):
+        u = x
+        if self.conv is not None:
+            u, tail = self.conv(x, state.conv if state is not None else None)
+            if state is not None:
+                state.conv = tail
+        q, k, v = self.qkv(u, rotary)
+        k = self.phi_k(k)
+        if keep is not None:
+            k = k * keep[..., None]
+        delta, A = self.ssm(u) if self.ssm is not None else (None, None)
+        if keep is not None and delta is not None:
+            delta = delta * keep.to(delta.dtype)
+        y = self.recur(self.phi_q(q), k, v, delta, A, state, normalize=True).flatten(2)
+        if self.gate is not None:
+            y = y * self.gate(x)
+        return self.o_proj(y)
+
+
+class MambaMixer(BaseMixer):
+    """Mamba-2's block with Mamba-2's own initialisation: the one-step baseline (arXiv 2405.21060, figure 6).
+
+    x -> [z, C, B, v, dt]; causal convolution and SiLU on (C, B, v); h_t = exp(-delta_t A) h_{t-1} + delta_t B_t v_t,
+    y_t = C_t . h_t + D v_t; RMSNorm(y * silu(z)); output projection. Heads, head width and state are the teacher's
+    heads, head width and head width, so that C, B, v and the output can also be copied from q, k, v and o.
+    """
+
+    def __init__(self, spec: MixerSpec, layer_idx: int):
+        super().__init__(spec, layer_idx)
+        s = self.shape
+        self.q_size, self.kv_size = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        self.qkv_proj = nn.Linear(s.hidden_size, self.q_size + 2 * self.kv_size, bias=s.qkv_bias)
+        self.z_proj = nn.Linear(s.hidden_size, self.q_size, bias=False)
+        self.dt_proj = nn.Linear(s.hidden_size, s.num_heads)
+        self.conv = CausalConv(self.qkv_proj.out_features, bias=True)
+        self.A_log = nn.Parameter(torch.empty(s.num_heads))
+        self.D = nn.Parameter(torch.empty(s.num_heads))
+        self.norm = nn.RMSNorm(self.q_size, eps=1e-5)
+        self.o_proj = nn.Linear(self.q_size, s.hidden_size, bias=s.out_bias)
+
+    def reset_parameters(self) -> None:
+        """Mamba-2's start: A in [1, 16], delta log-uniform in [0.001, 0.1], D = 1, PyTorch's linear and conv starts."""
+        for layer in (self.qkv_proj, self.z_proj, self.dt_proj, self.o_proj):
+            layer.reset_parameters()
+        with torch.no_grad():
+            bound = CONV_WIDTH**-0.5
+            self.conv.weight.uniform_(-bound, bound)
+            self.conv.bias.uniform_(-bound, bound)  # type: ignore[union-attr]
+            self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
+            delta = torch.empty_like(self.D).uniform_(math.log(DELTA_MIN), math.log(DELTA_MAX)).exp()
+            self.dt_proj.bias.copy_(inverse_softplus(delta))
+            self.D.fill_(1)
+            self.norm.weight.fill_(1)
+
+    copy_attention = Mixer.copy_attention
+
+    def mix(self, x, rotary, state, keep):
+        b, length, _ = x.shape
+        u = self.qkv_proj(x)
+        if keep is not None:
+            u = u * keep
+        u, tail = self.conv(u, state.conv if state is not None else None)
+        if state is not None:
+            state.conv = tail
+        q, k, v = F.silu(u).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k, v = (t.reshape(b, length, -1, self.shape.head_dim) for t in (q, k, v))
+        delta = F.softplus(self.dt_proj(x).float())
+        if keep is not None:
+            k, v, delta = k * keep[..., None], v * keep[..., None], delta * keep.to(delta.dtype)
+        y = self.recur(q, k, v, delta, self.A_log.float().exp(), state, normalize=False)
+        skip = v.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, dim=2)
+        y = (y + skip * self.D.to(v.dtype)[:, None]).flatten(2)
+        return self.o_proj(self.norm(y * F.silu(self.z_proj(x))))
+
+
+def build_mixer(spec: MixerSpec, layer_idx: int) -> BaseMixer:
+    return MambaMixer(spec, layer_idx) if spec.kind == "mamba" else Mixer(spec, layer_idx)

@@ -1,0 +1,191 @@
+"""The one training loop: stage 1, stage 2, the one-step baseline, the adapted teacher, and pre-training.
+
+A run is determined by its objective, its batches (a function of the step alone) and its settings; there is no
+dropout and no other randomness, so a checkpoint of weights, optimiser state and step is all that a restart needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hm.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from hm.config import Stage
+from hm.errors import UserError
+from hm.objectives import Objective
+
+
+class Diverged(UserError):
+    """The loss is no longer finite; the message says at which step, in which layer, and what to try."""
+
+
+@dataclass
+class Run:
+    """Where and how a training run happens, apart from what is learnt."""
+
+    name: str
+    workdir: Path
+    key: str
+    device: torch.device
+    precision: str = "fp32"
+    checkpoint_every: int = 200
+    log_every: int = 10
+    progress: bool = True
+
+
+def learning_rate(step: int, steps: int, stage: Stage) -> float:
+    """The factor on the peak rate at `step` (from 0): linear warm-up, then a cosine down to `stage.min_lr`."""
+    warmup = max(1, round(stage.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return stage.min_lr + (1 - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(objective: Objective, stage: Stage) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only and a rate of their own for new parameters; each group keeps its peak rate."""
+    groups: dict[tuple[bool, bool], list] = {}
+    for _, parameter, new in objective.parameters:
+        groups.setdefault((new, parameter.dim() >= 2), []).append(parameter)
+    rates = {False: stage.lr, True: stage.lr if stage.lr_new is None else stage.lr_new}
+    return torch.optim.AdamW(
+        [
+            {"params": ps, "lr": rates[new], "peak": rates[new], "weight_decay": stage.weight_decay if matrix else 0.0}
+            for (new, matrix), ps in groups.items()
+        ],
+        betas=(stage.beta1, stage.beta2),
+        fused=objective.parameters[0][1].is_cuda,
+    )
+
+
+def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stage: Stage, run: Run) -> dict:
+    """Train for `steps` steps, going on from the newest checkpoint in run.workdir if there is one.
+
+    Args:
+        batch: step -> tokens (stage.batch_size, L + 1).
+        run: where checkpoints and metrics.jsonl lie; `run.key` must be that of the checkpoints there.
+
+    Returns:
+        {"steps", "tokens", "seconds", "tokens_per_second", "final_loss", "peak_memory"}: seconds of training alone,
+        peak_memory in bytes (None on a CPU).
+
+    Raises:
+        Diverged: when the loss is not finite.
+        UserError: when a checkpoint there was made with other settings.
+    """
+    optimizer = make_optimizer(objective, stage)
+    names = {p: n for n, p, _ in objective.parameters}
+    folder, log = run.workdir / "checkpoints", run.workdir / "metrics.jsonl"
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    first, seconds = restore(objective, optimizer, folder, run)
+    truncate_log(log, first)
+    cuda = run.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(run.device)
+    micro = stage.micro_batch or stage.batch_size
+    parts = stage.batch_size // micro
+    per_step = batch(0).shape[1] - 1
+    per_step *= stage.batch_size
+    losses: dict[str, float] = last_losses(log)
+    start = time.perf_counter()
+    bar = tqdm(
+        total=steps * per_step, initial=first * per_step, desc=run.name, unit="tok", unit_scale=True,
+        dynamic_ncols=True, disable=None if run.progress else True, mininterval=1.0,
+    )  # fmt: skip
+    objective.model.train()
+    with bar, open(log, "a") as out:
+        for step in range(first, steps):
+            tokens = batch(step).to(run.device, non_blocking=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, steps, stage)
+            found: dict[str, Tensor] = {}
+            for chunk in tokens.split(micro):
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                    values = objective.backward(chunk, 1 / parts)
+                for name, value in values.items():
+                    found[name] = found.get(name, 0) + value / parts
+            norm = torch.nn.utils.clip_grad_norm_(list(names), stage.clip if stage.clip > 0 else math.inf)
+            logged = step % run.log_every == 0 or step == steps - 1
+            if logged or not cuda:
+                losses = {name: float(value) for name, value in found.items()}
+                if not (math.isfinite(losses["loss"]) and math.isfinite(float(norm))):
+                    raise diverged(objective, tokens, losses, step, stage, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update(per_step)
+            if logged:
+                bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
+                line = {"step": step, "tokens": (step + 1) * per_step, "lr": optimizer.param_groups[0]["lr"],
+                        "grad_norm": float(norm), **losses}  # fmt: skip
+                out.write(json.dumps(line) + "\n")
+            if (step + 1) % run.checkpoint_every == 0 and step + 1 < steps:
+                out.flush()
+                spent = seconds + time.perf_counter() - start
+                save(objective, optimizer, names, folder, step + 1, {"seconds": spent}, run)
+    if cuda:
+        torch.cuda.synchronize(run.device)
+    seconds += time.perf_counter() - start
+    objective.model.eval()
+    return {
+        "steps": steps,
+        "tokens": steps * per_step,
+        "seconds": seconds,
+        "tokens_per_second": steps * per_step / max(seconds, 1e-9),
+        "final_loss": losses.get("loss"),
+        "peak_memory": torch.cuda.max_memory_allocated(run.device) if cuda else None,
+    }
+
+
+def save(objective: Objective, optimizer: torch.optim.Optimizer, names: dict, folder: Path, step: int, state: dict, run: Run) -> None:
+    weights = {f"model.{n}": p.detach() for n, p, _ in objective.parameters}
+    moments = {f"optimizer.{n}": t for n, t in optimizer_tensors(optimizer, names).items()}
+    save_checkpoint(folder, step, weights | moments, state, run.key)
+
+
+def restore(objective: Objective, optimizer: torch.optim.Optimizer, folder: Path, run: Run) -> tuple[int, float]:
+    """Load the newest checkpoint, if there is one; returns (steps done, seconds spent on them)."""
+    checkpoint = load_checkpoint(folder, run.key)
+    if checkpoint is None:
+        return 0, 0.0
+    with torch.no_grad():
+        for name, parameter, _ in objective.parameters:
+            parameter.copy_(checkpoint.tensors[f"model.{name}"])
+    moments = {n.removeprefix("optimizer."): t for n, t in checkpoint.tensors.items() if n.startswith("optimizer.")}
+    load_optimizer(optimizer, moments, {p: n for n, p, _ in objective.parameters})
+    return checkpoint.step, float(checkpoint.state["seconds"])
+
+
+def truncate_log(log: Path, steps: int) -> None:
+    """Drop the lines of steps that will be run again, and a half-written last line."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < steps:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    log.write_text("".join(kept))
+
+
+def last_losses(log: Path) -> dict[str, float]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def diverged(objective: Objective, tokens: Tensor, losses: dict, step: int, stage: Stage, run: Run) -> Diverged:
+    group = "stage1" if "1" in run.name else "stage2"
+    return Diverged(
+        f"{run.name}: the loss or its gradient is not finite at step {step} (loss {losses['loss']}; "
+        f"{objective.suspect(tokens, losses)}); lower {group}.lr (now {stage.lr:g}) or {group}.lr_new, "
+        f"lower {group}.clip (now {stage.clip:g}), or try precision=fp32."
+    )
