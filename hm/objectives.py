@@ -100,9 +100,20 @@ class Align(Objective):
 class FineTune(Objective):
     """Next-token cross-entropy, KL to the teacher's logits, or both: (1 - kl_weight) * ce + kl_weight * kl."""
 
-    def __init__(self, model: PreTrainedModel, loss: str = "ce", teacher: PreTrainedModel | None = None, kl_weight: float = 0.9):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss: str = "ce",
+        teacher: PreTrainedModel | None = None,
+        kl_weight: float = 0.9,
+        parameters: PreTrainedModel | None = None,
+    ):
+        """Trains all of `model` but its embeddings, or everything in `parameters` if that is given (pre-training)."""
         self.model, self.loss, self.teacher = model, loss, teacher
         self.kl_weight = {"ce": 0.0, "kl": 1.0, "ce+kl": kl_weight}[loss]
+        if parameters is not None:
+            self.parameters = [(n, p, False) for n, p in parameters.named_parameters()]
+            return
         student = isinstance(model, StudentForCausalLM)
         self.parameters = [(n, p, student and is_new(model, n)) for n, p in trainable(model, "stage2")]
 
