@@ -66,7 +66,7 @@ def _commands(table: Table) -> dict[str, list[str]]:
 
 def _markdown_text(text: str) -> str:
     text = re.sub(r"([\\`*|\[\]$~]|(?<!\w)_|_(?!\w))", r"\\\1", _line(text))
-    return re.sub(r"&(?=#?\w+;)", "&amp;", re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=#?\w+;)", "&amp;", text))
 
 
 def to_markdown(table: Table) -> str:
@@ -227,23 +227,39 @@ def _chosen(frame: pd.DataFrame, study: str | None, runs: str | Path) -> list[st
     return [study]
 
 
-def _write(tables: list[Table], study: str, out: Path) -> list[Path]:
+def keep_records(runs: str | Path, frame: pd.DataFrame, study: str, out: str | Path) -> None:
+    """Copy a study's records to <out>/<study>/records/, so that its numbers stay with its tables.
+
+    Records that already lie below `out` are left where they are.
+    """
+    for name in frame.loc[frame["study"] == study, "path"]:
+        source = Path(runs) / name
+        if not source.resolve().is_relative_to(Path(out).resolve()):
+            _write_file(Path(out) / _folder(study) / "records" / source.parent.name / "record.json", source.read_bytes(), out)
+
+
+def _folder(study: str) -> str:
     name = re.sub(r"[^\w.+=,@-]", "_", study)
-    name = name if name.strip(".") else name.replace(".", "_")
-    files = []
-    for ending, text in FORMATS.items():
-        path, data = out / name / "tables" / f"{name}.{ending}", text(tables).encode()
-        try:
-            if not path.is_file() or path.read_bytes() != data:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                beside.write_bytes(data)
-                os.replace(beside, path)
-        except OSError as error:
-            raise UserError(f"out={out} can't be written ({path}: {error.strerror}); name another folder."
-                            ) from error
-        files.append(path)
-    return files
+    return name if name.strip(".") else name.replace(".", "_")
+
+
+def _write(tables: list[Table], study: str, out: Path) -> list[Path]:
+    name = _folder(study)
+    folder = out / name / "tables"
+    return [_write_file(folder / f"{name}.{ending}", text(tables).encode(), out) for ending, text in FORMATS.items()]
+
+
+def _write_file(path: Path, data: bytes, out: str | Path) -> Path:
+    """`data` at `path`, whole or not at all; a file that holds it already is not touched."""
+    try:
+        if not path.is_file() or path.read_bytes() != data:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            beside.write_bytes(data)
+            os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"out={out} can't be written ({path}: {error.strerror}); name another folder.") from error
+    return path
 
 
 def _print(text: str, file: TextIO) -> None:
@@ -257,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make Markdown, LaTeX and CSV tables from records.")
     parser.add_argument("--runs", default=os.environ.get("HM_RUNS") or "runs",
                         help="folder with records, at any depth (default: HM_RUNS, or runs)")
-    parser.add_argument("--out", default="results", help="tables go to OUT/STUDY/tables/ (default: results)")
+    parser.add_argument("--out", default="results",
+                        help="tables go to OUT/STUDY/tables/, the records to OUT/STUDY/records/ (default: results)")
     parser.add_argument("--study", help=f"only this study, such as {', '.join(TITLES)} (default: all)")
     options = parser.parse_args(arguments)
     try:
@@ -265,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for study in _chosen(frame, options.study, options.runs):
             tables = build(frame, study)
             files = _write(tables, study, Path(options.out))
+            keep_records(options.runs, frame, study, options.out)
             _print(FORMATS["md"](tables), sys.stdout)
             _print("\n".join(f"wrote {path}" for path in files), sys.stderr)
     except UserError as error:

@@ -229,9 +229,9 @@ def _mixer(record: Record) -> str:
 
 
 def _split(record: Record) -> str:
-    """Stage 1 and stage 2 in percent of both, such as 10/90."""
-    one, two = _tokens(record, 1), _tokens(record, 2)
-    if one is None or two is None or one + two <= 0:
+    """Stage 1 and stage 2 in percent of both, such as 10/90, as asked for (whole steps miss it a little)."""
+    one, two = (record.get(f"settings.stage{stage}_tokens", _tokens(record, stage)) for stage in (1, 2))
+    if not isinstance(one, int | float) or not isinstance(two, int | float) or one + two <= 0:
         return "?/?"
     percent = 100 * one / (one + two)
     return f"{round(percent, 1):g}/{round(100 - percent, 1):g}"
@@ -280,7 +280,7 @@ def _borrowed(mine: list[Record], others: list[Record], notes: list[str]) -> lis
 
 
 def _comparable(a: Record, b: Record) -> bool:
-    """Whether their perplexities are over the same sequences (null is no value, but it says "all" for two)."""
+    """Whether their perplexities are over the same sequences. (A null setting isn't in a frame.)"""
     nullable = ("settings.validation", "settings.eval.sequences")
     return all(text(a.get(k, "null")) == text(b.get(k, "null"))
                for k in YARDSTICK if k in nullable or (k in a and k in b))

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,10 +27,17 @@ MIXERS: dict[str, dict[str, bool]] = {
 }
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
 LOSSES = ("ce", "kl", "ce+kl")
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1), "seq_len": (2, math.inf), "checkpoint_every": (1, math.inf),
+    "log_every": (1, math.inf), "sequences": (1, math.inf), "batch_size": (1, math.inf), "warmup": (0, 1),
+    "min_lr": (0, 1), "kl_weight": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.99999),
+    "weight_decay": (0, math.inf), "clip": (0, math.inf),
+}  # fmt: skip
+"""What a number may be, by the setting's last name."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
-def setting(default: Any, help: str, example: str, choices: tuple[str, ...] | None = None) -> Any:
+def setting(default: Any, help: str, example: str, choices: Collection[str] | None = None) -> Any:
     """A dataclass field that carries its own line of `--help`."""
     meta = {"help": help, "example": example, "choices": choices}
     if isinstance(default, (list, dict)):
@@ -98,11 +106,11 @@ class Settings:
     row: str | None = setting(None, "row of the study's table that this cell fills", "hedgemamba")
     teacher: str = setting("tiny", "tiny, smollm2, a hub id, a folder, or a .gguf file", "EleutherAI/pythia-1b")
     recipe: str = setting("two_stage", "how the cell is trained", "one_step", RECIPES)
-    mixer: str = setting("hedgemamba", "what replaces attention", "hedgehog", tuple(MIXERS))
+    mixer: str = setting("hedgemamba", "what replaces attention", "hedgehog", MIXERS)
     ssm: bool | None = setting(None, "switch the SSM of the mixer on or off; null: as the mixer says", "false")
     conv: bool | None = setting(None, "switch the convolution on or off; null: as the mixer says", "false")
     gate: bool | None = setting(None, "switch the gate on or off; null: as the mixer says", "true")
-    budget: Any = setting(None, "tokens of both stages together", "20M")
+    budget: Any = setting(None, "tokens of both stages together, or a part of default_budget", "20M")
     stage1_tokens: Any = setting(None, "tokens of stage 1, or a part of the budget", "10%")
     stage2_tokens: Any = setting(None, "tokens of stage 2, or a part of the budget", "18M")
     default_budget: Any = setting("500k", "budget where none of the three is given (set by the scale)", "1B")
@@ -133,10 +141,17 @@ class Settings:
         s = cast(Settings, dataclasses.replace(self))
         for section, value in [("", s), *((g + ".", getattr(s, g)) for g in GROUPS)]:
             for f in dataclasses.fields(value):
-                choices = f.metadata.get("choices")
+                choices, typed = f.metadata.get("choices"), getattr(value, f.name)
                 if choices:
-                    check_choice(section + f.name, getattr(value, f.name), choices)
+                    check_choice(section + f.name, typed, choices)
+                low, high = LIMITS.get(f.name, (0, math.inf))
+                if f.name in LIMITS and typed is not None and not low <= typed <= high:
+                    wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                    name, example = section + f.name, f.metadata["example"]
+                    raise UserError(f"{name}={typed} must be {wanted}, such as {name}={example}.")
         s.budget, s.stage1_tokens, s.stage2_tokens = split_tokens(s)
+        if s.recipe == "teacher":
+            s.seed = 0  # nothing about it is drawn
         if s.recipe == "one_step":
             if self.mixer not in ("mamba", "hedgemamba"):
                 raise UserError(f"recipe=one_step trains a plain Mamba, so mixer={self.mixer} does not go with it; leave mixer out.")
@@ -150,8 +165,6 @@ class Settings:
                 raise UserError(f"{part}=false can't be had with mixer=mamba, which is a whole block; leave {part} out.")
             setattr(s, part, parts[part] if typed is None else typed)
         for name, stage in (("stage1", s.stage1), ("stage2", s.stage2)):
-            if stage.batch_size < 1:
-                raise UserError(f"{name}.batch_size={stage.batch_size} must be at least 1.")
             if stage.micro_batch is not None and (stage.micro_batch < 1 or stage.batch_size % stage.micro_batch):
                 raise UserError(f"{name}.micro_batch={stage.micro_batch} must divide {name}.batch_size={stage.batch_size}.")
             for rate in ("lr", "lr_new"):
@@ -164,8 +177,6 @@ class Settings:
                     f"{name}_tokens={tokens} is less than one step of {name}.batch_size x seq_len = {per_step} tokens; "
                     f"raise it to {per_step} or make the batch smaller."
                 )
-        if s.seq_len < 2:
-            raise UserError(f"seq_len={s.seq_len} must be at least 2.")
         return s
 
 
@@ -180,11 +191,16 @@ def tokens(value: Any, name: str = "tokens", budget: int | None = None) -> int:
     """
     text = str(value).strip().replace("_", "")
     if text.endswith("%") and budget is not None:
-        return round(_number(text[:-1], name, value) / 100 * budget)
+        part = _number(text[:-1], name, value)
+        if not 0 <= part <= 100:
+            raise UserError(f"{name}={value} is no part of the budget; write 0% to 100%, or a count like 20M.")
+        return round(part / 100 * budget)
     match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKmMbBtT]?)", text)
     if not match:
         raise UserError(f"{name}={value} is no token count; write it like 50k, 20M, 1B or 1e9.")
     count = _number(match[1], name, value) * _UNITS[match[2].lower()]
+    if count == math.inf:
+        raise UserError(f"{name}={value} is too large; write it like 50k, 20M, 1B or 1e9.")
     if abs(count - round(count)) > 1e-6 * max(1.0, count):
         raise UserError(f"{name}={value} is no whole number of tokens; write it like 50k, 20M, 1B or 1e9.")
     return round(count)
@@ -202,7 +218,7 @@ def human(count: int) -> str:
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             text = f"{count / size:g}{unit}"
-            return text if tokens(text) == count else str(count)
+            return text if tokens(text) == count and len(text) < len(str(count)) else str(count)
     return str(count)
 
 
@@ -214,20 +230,26 @@ def split_tokens(s: Settings) -> tuple[int, int, int]:
     """
     if s.recipe == "teacher":
         return 0, 0, 0
-    given = [n for n in ("budget", "stage1_tokens", "stage2_tokens") if getattr(s, n) is not None]
     default = tokens(s.default_budget, "default_budget")
     both_stages = s.stage1_tokens is not None and s.stage2_tokens is not None
-    budget = tokens(s.budget, "budget") if s.budget is not None else None
+    budget = tokens(s.budget, "budget", default) if s.budget is not None else None
     base = budget if budget is not None else default
     one = tokens(s.stage1_tokens, "stage1_tokens", base) if s.stage1_tokens is not None else None
     two = tokens(s.stage2_tokens, "stage2_tokens", base) if s.stage2_tokens is not None else None
     if s.recipe == "one_step":
         if one:
             raise UserError(f"stage1_tokens={s.stage1_tokens} does not go with recipe=one_step, which has one stage; leave it out.")
-        return (two if budget is None and two is not None else base), 0, (two if two is not None else base)
-    if len(given) == 3 and one + two != budget:  # type: ignore[operator]
+        if budget is not None and two is not None and two != budget:
+            raise UserError(
+                f"budget={s.budget} and stage2_tokens={s.stage2_tokens} don't agree, and recipe=one_step has one "
+                "stage; give one of them."
+            )
+        return (base, 0, base) if two is None else (two, 0, two)
+    if both_stages and budget is None and "%" in f"{s.stage1_tokens}{s.stage2_tokens}":
+        budget = default
+    if both_stages and budget is not None and one + two != budget:  # type: ignore[operator]
         raise UserError(
-            f"budget={s.budget}, stage1_tokens={s.stage1_tokens} and stage2_tokens={s.stage2_tokens} don't add up "
+            f"budget={s.budget or human(budget)}, stage1_tokens={s.stage1_tokens} and stage2_tokens={s.stage2_tokens} don't add up "
             f"({one} + {two} is not {budget}); give two of the three."
         )
     if both_stages:
@@ -261,14 +283,16 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def names() -> dict[str, dataclasses.Field]:
     """Every setting by its full name: {"mixer": Field, "stage2.lr": Field, ...}."""
-    found = {}
+    found: dict[str, dataclasses.Field] = {}
     for f in dataclasses.fields(Settings):
-        if f.name in GROUPS:
-            group = f.default_factory  # type: ignore[union-attr]
-            found |= {f"{f.name}.{g.name}": g for g in dataclasses.fields(cast(Any, group))}
-        else:
-            found[f.name] = f
+        inside = names_in(f.name) if f.name in GROUPS else {}
+        found |= {f"{f.name}.{n}": g for n, g in inside.items()} or {f.name: f}
     return found
+
+
+def names_in(group: str) -> dict[str, dataclasses.Field]:
+    """The settings of a group: {"lr": Field, ...}."""
+    return {f.name: f for f in dataclasses.fields(getattr(Settings(), group))}
 
 
 def check_names(given: list[str]) -> None:
@@ -287,6 +311,9 @@ def from_dict(values: dict[str, Any]) -> Settings:
     """Settings from nested or dotted names; a wrong name or type is a UserError."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if name in GROUPS and not isinstance(value, dict):
+            one = next(iter(names_in(name)))
+            raise UserError(f"{name}={value} is a group of settings; name one of them, such as {name}.{one}.")
         if isinstance(value, dict) and name in GROUPS:
             flat |= {f"{name}.{k}": v for k, v in value.items()}
         else:
@@ -304,7 +331,7 @@ def _typed(name: str, value: Any, f: dataclasses.Field) -> Any:
     """`value` as the field's type; "3e-4" is a float, "4" an int."""
     kinds = {"bool": bool, "int": int, "float": float, "str": str}
     options = [kinds[k.strip()] for k in str(f.type).split("|") if k.strip() in kinds]
-    if value is None and "None" in str(f.type) or not options:
+    if (value is None and "None" in str(f.type)) or not options:
         return value
     kind = options[0]
     try:

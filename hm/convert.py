@@ -10,14 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hm.adapters import adapter_for
+from hm.adapters import adapter_for, check_config
 from hm.config import MIXERS, FeatureMap, check_choice
 from hm.errors import UserError
-from hm.mixer import MixerSpec
+from hm.mixer import KINDS, Mixer, MixerSpec
 from hm.modeling import StudentConfig, StudentForCausalLM
 
-NEW_PARTS = {"phi_q": "feature map", "phi_k": "feature map", "ssm": "ssm", "conv": "conv", "gate": "gate"}
-MAMBA_NEW = {"z_proj": "gate", "dt_proj": "ssm", "conv": "conv", "A_log": "ssm", "D": "ssm", "norm": "norm"}
 PROJECTIONS = {"qkv_proj": "projections", "o_proj": "projections"}
 
 
@@ -43,12 +41,12 @@ def convert(
         seed: of what starts at random.
 
     Raises:
-        UserError: unknown mixer, a teacher without an adapter, layers that don't exist.
+        UserError: unknown mixer, a teacher that `check_config` refuses, layers that don't exist.
     """
     check_choice("mixer", mixer, MIXERS)
     parts = {n: MIXERS[mixer][n] if v is None else v for n, v in (("ssm", ssm), ("conv", conv), ("gate", gate))}
+    check_config(teacher.config)
     adapter = adapter_for(teacher.config)
-    adapter.check(teacher.config)
     feature_map = feature_map or FeatureMap()
     kept = kept_layers(keep_attention, teacher.config.num_hidden_layers)
     spec = MixerSpec(
@@ -60,18 +58,14 @@ def convert(
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        student = StudentForCausalLM(config, backbone=copy.deepcopy(teacher))
-        for i, layer in enumerate(adapter.layers(teacher)):
-            if i in kept:
-                continue
-            new = adapter.attention(adapter.layers(student.backbone)[i])
-            new.to(device=teacher.device)
-            new.reset_parameters()
-            if spec.copy_projections:
-                new.copy_attention(adapter.split(adapter.attention(layer), adapter.shape(teacher.config)))
+        with teacher.device:
+            student = StudentForCausalLM(config, backbone=copy.deepcopy(teacher))
+        for mixer_module in student.mixers if spec.copy_projections else []:
+            attention = adapter.attention(adapter.layers(teacher)[mixer_module.layer_idx])
+            mixer_module.copy_attention(adapter.split(attention, mixer_module.shape))
     finally:
         torch.set_rng_state(generator_state)
-    student.to(dtype=teacher.dtype)
+    student.to(dtype=teacher.dtype)  # type: ignore[call-arg]
     trainable(student, "stage2")
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
@@ -91,8 +85,8 @@ def kept_layers(keep_attention: int | Sequence[int] | str | None, num_layers: in
             value = [int(v) for v in value.strip("[]() ").split(",")] if "," in value or "[" in value else int(value)
         except ValueError:
             raise UserError(f"keep_attention={keep_attention} is no number and no list; write 4 or [3,7,11].") from None
-    kept = list(range(value - 1, num_layers, value)) if isinstance(value, int) and value > 0 else value
-    if isinstance(kept, int) or not all(isinstance(i, int) and 0 <= i < num_layers for i in kept):
+    kept = list(range(value - 1, num_layers, value)) if isinstance(value, int) and 0 < value <= num_layers else value
+    if not isinstance(kept, Sequence) or not all(isinstance(i, int) and 0 <= i < num_layers for i in kept):
         raise UserError(
             f"keep_attention={keep_attention} names a layer that the teacher doesn't have; its layers are 0 to {num_layers - 1}."
         )
@@ -112,7 +106,7 @@ def part_of(student: StudentForCausalLM, name: str) -> str:
     if any(name == n for n, _ in embeddings(student)):
         return "embeddings"
     pieces = name.split(".")
-    table = PROJECTIONS | (MAMBA_NEW if student.config.mixer["kind"] == "mamba" else NEW_PARTS)
+    table = PROJECTIONS | KINDS[student.config.mixer["kind"]].PARTS
     attention = student.adapter.attention_name
     if attention not in pieces:
         return "backbone"
@@ -128,27 +122,27 @@ def embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
 
 
 def trainable(model: PreTrainedModel, stage: str) -> list[tuple[str, nn.Parameter]]:
-    """Set requires_grad for a stage and return what is trainable.
-
-    stage1: the feature maps. stage2 (also the one-step and the adapted-teacher recipe): all but the embeddings.
-    """
+    """Set requires_grad for a stage and return what is trainable, as `to_train` says."""
+    chosen = to_train(model, stage)
     model.requires_grad_(False)
-    frozen = {n for n, _ in embeddings(model)}
-    chosen = []
-    for name, parameter in model.named_parameters():
-        if stage == "stage1":
-            wanted = isinstance(model, StudentForCausalLM) and part_of(model, name) == "feature map"
-        else:
-            wanted = name not in frozen
-        if wanted:
-            parameter.requires_grad_(True)
-            chosen.append((name, parameter))
+    for _, parameter in chosen:
+        parameter.requires_grad_(True)
     return chosen
+
+
+def to_train(model: PreTrainedModel, stage: str) -> list[tuple[str, nn.Parameter]]:
+    """stage1: the feature maps. stage2 (also the one-step and the adapted-teacher recipe): all but the embeddings."""
+    if stage == "stage2":
+        frozen = {n for n, _ in embeddings(model)}
+        return [(n, p) for n, p in model.named_parameters() if n not in frozen]
+    if not isinstance(model, StudentForCausalLM):
+        return []
+    return [(n, p) for n, p in model.named_parameters() if part_of(model, n) == "feature map"]
 
 
 @dataclass
 class Report:
-    """What conversion did, by part: number of parameters, whether copied or new, whether trainable in stage 2."""
+    """What conversion did, by part: number of parameters, whether copied or new, whether trainable in the stage."""
 
     rows: list[tuple[str, str, int, int]]
     mixer: str
@@ -179,7 +173,7 @@ class Report:
 
 def report(student: StudentForCausalLM, stage: str = "stage2") -> Report:
     """Parameters by part for a student, as `stage` would train it (`str()` of it is a table for people)."""
-    training = {n for n, _ in trainable(student, stage)}
+    training = {n for n, _ in to_train(student, stage)}
     rows: dict[tuple[str, str], list[int]] = {}
     for name, parameter in student.named_parameters():
         origin = "new" if is_new(student, name) else "copied"
@@ -187,12 +181,14 @@ def report(student: StudentForCausalLM, stage: str = "stage2") -> Report:
         row[0] += parameter.numel()
         row[1] += parameter.numel() if name in training else 0
     config = student.config
-    kind = config.mixer["kind"] if config.mixer["kind"] == "mamba" else parts_name(config.mixer)
+    kind = parts_name(config.mixer)
     return Report([(p, o, c, t) for (p, o), (c, t) in rows.items()], kind, config.num_hidden_layers, config.keep_attention)
 
 
 def parts_name(spec: dict) -> str:
-    """hedgehog, +ssm, +ssm+conv+gate, ..."""
+    """hedgehog, +ssm, +ssm+conv+gate, ...; a mixer of another kind by its name."""
+    if KINDS[spec["kind"]] is not Mixer:
+        return spec["kind"]
     on = [p for p in ("ssm", "conv", "gate") if spec[p]]
     return "+" + "+".join(on) if on else "hedgehog"
 

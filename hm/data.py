@@ -1,14 +1,11 @@
-"""Text -> documents -> token shards -> blocks -> batches.
+"""Documents -> token shards -> blocks -> batches.
 
 Each level is an iterator or an array over the one before, and each can be had by itself:
 
-    documents    `documents(spec, split)` reads the source lazily: one string per document. Which split a
-                 document belongs to depends on its text alone (or on which file it came from), so the splits
-                 never share a document and a longer corpus does not move documents from one to the other.
+    documents    `documents(spec, split)` of hm.text: one string per document, read lazily; the splits never
+                 share a document.
     shards       `tokenize(...)` encodes the documents once, in order, each followed by the end-of-text token,
-                 into files of 16- or 32-bit little-endian integers. A shard ends with a document, exists
-                 complete or not at all, and says in a small JSON beside it how many documents it holds: that
-                 is all a restart needs. `index.json`, written last, means that the folder is complete.
+                 into the files of hm.shards.
     tokens       `TokenDataset` sees a split's shards as one long memory-mapped stream; where one shard ends
                  and the next begins can't be told from outside.
     blocks       Block i of length L is tokens i*L .. i*L + L *inclusive*: L inputs and, shifted by one, L
@@ -23,267 +20,29 @@ Each level is an iterator or an array over the one before, and each can be had b
 Validation has no randomness at all: `validation_batches` takes evenly spaced blocks.
 """
 
-import glob
-import gzip
 import hashlib
 import json
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from errno import EACCES, EDQUOT, EEXIST, ENOSPC, ENOTDIR, EPERM, EROFS
-from functools import cache, lru_cache, partial
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from hm import docstrings
 from hm.errors import UserError
+from hm.files import NO_FOLDER, UNWRITABLE, atomic_write, disk_errors, to_json
+from hm.shards import FORMAT_VERSION, ShardWriter, TokenDataset, read_index
+from hm.text import DataSpec, labelled_documents, spec_fingerprint
+from hm.text import documents as documents
 
-FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
-TEXT_DOCUMENT_CHARACTERS = 100_000  # a longer stretch of a .txt file is cut at the next line end
 PIECE_CHARACTERS = 1_000_000  # a longer document is encoded in pieces, cut at a space
 BATCH_CHARACTERS = 2_000_000  # what is encoded at a time
-SHARD_TOKENS = 1 << 26
-_COMPRESSION = (".xz", ".zst", ".gz")
-_FORMATS = (".txt", ".jsonl", ".json")
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Where the text comes from.
-
-    source: "docstrings"; a file, folder or glob of .txt, .jsonl or .json, each perhaps with .xz, .zst or .gz;
-        or "hf:NAME[:CONFIG][@REVISION]" for a dataset of the `datasets` library (its split "train",
-        streamed; name a revision if the dataset may change). Several are joined by " + ".
-    validation: the same, all of it for validation. None: the held-out packages for "docstrings", and for all
-        else the documents whose text hashes into the lowest `validation_fraction`.
-    text_key: the column or JSON key that holds the text.
-    max_documents: read no more than this many documents of `source` (held-out packages don't count).
-    """
-
-    source: str
-    validation: str | None = None
-    text_key: str = "text"
-    max_documents: int | None = None
-    validation_fraction: float = 0.005
-
-
-def spec_fingerprint(spec: DataSpec) -> dict[str, Any]:
-    """What determines the text: files' contents, packages' versions, hub datasets' names and revisions."""
-    result: dict[str, Any] = {
-        "source": [_part_fingerprint(part) for part in _parts(spec.source)],
-        "max_documents": spec.max_documents,
-    }
-    if spec.validation is not None:
-        result["validation"] = [_part_fingerprint(part) for part in _parts(spec.validation)]
-    elif spec.source != "docstrings":
-        result["validation_fraction"] = spec.validation_fraction
-    if {*_parts(spec.source), *_parts(spec.validation or "docstrings")} != {"docstrings"}:
-        result["text_key"] = spec.text_key
-    return result
-
-
-def documents(spec: DataSpec, split: str) -> Iterator[str]:
-    """The documents of one split ("train" or "validation") in the source's order.
-
-    Raises UserError for a source that isn't there, is empty, is no text or lacks the key.
-    """
-    labelled = _labelled(spec, validation_only=split == "validation")
-    return (text for document_split, text in labelled if document_split == split)
-
-
-def _labelled(spec: DataSpec, validation_only: bool = False) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document, in one pass; `validation_only` may leave out the rest."""
-    sources = _parts(spec.source)
-    own = _parts(spec.validation) if spec.validation else [part for part in sources if part == "docstrings"]
-    split_by_hash = [part for part in sources if part != "docstrings"] if spec.validation is None else []
-    held_out: set[bytes] = set()
-    for part in own:
-        for text in _read(part, spec.text_key, "validation"):
-            held_out.add(_digest(text))
-            yield "validation", text
-    if validation_only and not split_by_hash:
-        return
-    texts = ((part, text) for part in sources for text in _read(part, spec.text_key, "train"))
-    for part, text in islice(texts, spec.max_documents):
-        digest = _digest(text)
-        if part in split_by_hash and int.from_bytes(digest[:8], "little") < spec.validation_fraction * 2**64:
-            yield "validation", text
-        elif digest not in held_out:
-            yield "train", text
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-# --- sources
-
-
-def _parts(source: str) -> list[str]:
-    return [part.strip() for part in source.split(" + ")]
-
-
-def _part_fingerprint(part: str) -> dict[str, Any]:
-    if part == "docstrings":
-        return {"docstrings": docstrings.fingerprint()}
-    if part.startswith("hf:"):
-        return {"hf": part.removeprefix("hf:")}
-    return {"files": [_file_digest(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in _files(part)]}
-
-
-@cache
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(part: str, text_key: str, split: str) -> Iterator[str]:
-    """The documents of one source, with what UTF-8 can't hold (lone surrogates) replaced; none is blank."""
-    if part == "docstrings":
-        texts = docstrings.documents("train" if split == "train" else "validation")
-    elif part.startswith("hf:"):
-        texts = _read_hub(part, text_key)
-    else:
-        texts = (text for path in _files(part) for text in _read_file(path, text_key))
-    for text in texts:
-        if text and not text.isspace():
-            yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _files(part: str) -> list[Path]:
-    """The files that a path, folder or glob names, in sorted order."""
-    path = Path(part).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [f for f in path.rglob("*") if f.is_file() and _text_format(f)]
-    else:
-        found = [Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
-    if not found:
-        raise UserError(
-            f"data={part} names no text: give 'docstrings', 'hf:NAME', or a file, folder or glob of "
-            f"{', '.join(_FORMATS)} (plain or with {', '.join(_COMPRESSION)})"
-        )
-    return sorted(found)
-
-
-def _text_format(path: Path) -> str | None:
-    """The suffix below a compression's: one of _FORMATS, or None for another kind of file."""
-    suffixes = path.suffixes[:-1] if path.suffix in _COMPRESSION else path.suffixes
-    return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[str]]:
-    """The file as text, decompressed; what is wrong with it comes out as a UserError that names it."""
-    options: dict[str, Any] = {"mode": "rt", "encoding": "utf-8-sig"}
-    broken: tuple[type[Exception], ...] = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
-    openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-    opener = openers.get(path.suffix, open)
-    if path.suffix == ".zst":
-        import zstandard
-
-        opener, broken = zstandard.open, (*broken, zstandard.ZstdError)
-    try:
-        with opener(path, **options) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8 or leave it out of data="
-        ) from error
-    except broken as error:
-        raise UserError(f"{path} is damaged or not {path.suffix} ({error}); fetch it again") from error
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(
-            f"{path} can't be read ({error.strerror}); check data= and its permissions"
-        ) from error
-
-
-def _read_file(path: Path, text_key: str) -> Iterator[str]:
-    empty = True
-    with _open(path) as file:
-        reader = _read_json if _text_format(path) in (".jsonl", ".json") else _read_text
-        for text in reader(file, path, text_key):
-            empty = empty and (not text or text.isspace())
-            yield text
-    if empty:
-        raise UserError(f"{path} holds no text; put text into it or leave it out of data=")
-
-
-def _read_text(file: IO[str], path: Path, text_key: str) -> Iterator[str]:
-    """Documents of a plain text file: parted by two or more blank lines, or at TEXT_DOCUMENT_CHARACTERS."""
-    lines: list[str] = []
-    length = blank = 0
-    for line in iter(partial(file.readline, TEXT_DOCUMENT_CHARACTERS), ""):
-        if "\0" in line:
-            raise UserError(
-                f"{path} is a binary file (it has NUL bytes); give text, or leave it out of data="
-            )
-        if lines and ((blank >= 2 and not line.isspace()) or length >= TEXT_DOCUMENT_CHARACTERS):
-            yield "".join(lines).strip()
-            lines, length = [], 0
-        blank = blank + 1 if line.isspace() else 0
-        lines.append(line)
-        length += len(line)
-    yield "".join(lines).strip()
-
-
-def _read_json(file: IO[str], path: Path, text_key: str) -> Iterator[str]:
-    """Documents of a file of JSON lines; a .json file may also be one array."""
-    start = file.read(1) if _text_format(path) == ".json" else ""
-    if start == "[":
-        yield from _json_texts(start + file.read(), 1, path, text_key)
-        return
-    for number, line in enumerate(file, 1):
-        line, start = start + line, ""
-        if not line.isspace():
-            yield from _json_texts(line, number, path, text_key)
-
-
-def _json_texts(line: str, number: int, path: Path, text_key: str) -> Iterator[str]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{number} is not JSON ({error}); mend that line or drop it") from error
-    for record in value if isinstance(value, list) else [value]:
-        text = record.get(text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{path}:{number} has no text under {text_key!r} (it has {keys}); set text_key=")
-        yield text
-
-
-def _read_hub(part: str, text_key: str) -> Iterator[str]:
-    """A dataset of the `datasets` library, streamed; its code is never executed."""
-    import datasets
-
-    name, _, revision = part.removeprefix("hf:").partition("@")
-    name, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(
-            name, config or None, split="train", streaming=True, revision=revision or None
-        )
-        for row in rows:
-            if not isinstance(row.get(text_key), str):
-                raise UserError(
-                    f"data={part} has no text column {text_key!r} (it has {sorted(row)}); set text_key="
-                )
-            yield row[text_key]
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"data={part} can't be loaded ({error}); check the name and the connection"
-        ) from error
 
 
 # --- tokenising
@@ -316,12 +75,13 @@ def tokenize(
     content = [FORMAT_VERSION, spec_fingerprint(spec), vocab_size, eos_id, encoder.to_str()]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     out_dir = Path(out_dir)
-    with _writing(out_dir):
+    writing = partial(disk_errors, out_dir, UNWRITABLE | NO_FOLDER)
+    with writing():
         out_dir.mkdir(parents=True, exist_ok=True)
-        if _read_index(out_dir).get("key") == key:
+        if read_index(out_dir).get("key") == key:
             return
         (out_dir / "index.json").unlink(missing_ok=True)
-        writers = {split: _ShardWriter(out_dir, split, dtype, shard_documents, key) for split in SPLITS}
+        writers = {split: ShardWriter(out_dir, split, dtype, shard_documents, key) for split in SPLITS}
 
     def encode(batch: list[tuple[str, str]]) -> list[tuple[str, int, np.ndarray]]:
         pieces = [list(_pieces(text)) for _, text in batch]
@@ -333,7 +93,7 @@ def tokenize(
         return result
 
     def write(encoded: list[tuple[str, int, np.ndarray]]) -> None:
-        with _writing(out_dir):
+        with writing():
             for split, text_bytes, tokens in encoded:
                 writers[split].add(tokens, text_bytes)
         if progress is not None:
@@ -342,14 +102,14 @@ def tokenize(
     try:
         with _encoding_threads(workers), ThreadPoolExecutor(1) as pool:  # the next batch is read meanwhile
             pending = None
-            for batch in _batched(_labelled(spec), writers):
+            for batch in _batched(labelled_documents(spec), writers):
                 following = pool.submit(encode, batch)
                 if pending is not None:
                     write(pending.result())
                 pending = following
             if pending is not None:
                 write(pending.result())
-        with _writing(out_dir):
+        with writing():
             for writer in writers.values():
                 writer.finish_shard()
     finally:
@@ -366,8 +126,8 @@ def tokenize(
         "format": FORMAT_VERSION, "key": key, "dtype": dtype.str, "eos_id": eos_id,
         "vocab_size": vocab_size, "splits": {split: writer.summary() for split, writer in writers.items()},
     }  # fmt: skip
-    with _writing(out_dir):
-        _write_json(out_dir / "index.json", index)
+    with writing():
+        atomic_write(out_dir / "index.json", to_json(index, indent=1))
 
 
 def _encoder(tokenizer: Any, vocab_size: int) -> tuple[Any, int]:
@@ -404,7 +164,7 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _batched(labelled: Iterator[tuple[str, str]], writers: "dict[str, _ShardWriter]") -> Iterator[list]:
+def _batched(labelled: Iterator[tuple[str, str]], writers: "dict[str, ShardWriter]") -> Iterator[list]:
     """Batches of about BATCH_CHARACTERS of the documents that no complete shard holds yet."""
     batch, length = [], 0
     to_skip = {split: writer.documents for split, writer in writers.items()}
@@ -439,163 +199,7 @@ def _encoding_threads(workers: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _ShardWriter:
-    """Appends documents to one split's shards.
-
-    `documents`, `tokens` and `text_bytes` count all of the split, also what an interrupted call left.
-    """
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_documents: int, key: str) -> None:
-        self.folder, self.split, self.dtype, self.key = folder, split, dtype, key
-        self.shard_documents = shard_documents
-        self.shards: list[dict[str, Any]] = []
-        while (shard := self._complete_shard(len(self.shards))) is not None:
-            self.shards.append(shard)
-        self.documents = sum(shard["documents"] for shard in self.shards)
-        self.tokens = sum(shard["tokens"] for shard in self.shards)
-        self.text_bytes = sum(shard["text_bytes"] for shard in self.shards)
-        self._file: IO[bytes] | None = None
-
-    def _path(self, number: int, suffix: str) -> Path:
-        return self.folder / f"{self.split}-{number:05d}{suffix}"
-
-    def _complete_shard(self, number: int) -> dict[str, Any] | None:
-        try:
-            shard = json.loads(self._path(number, ".json").read_text())
-            size = self._path(number, ".bin").stat().st_size
-        except (FileNotFoundError, ValueError):
-            return None
-        return shard if shard.get("key") == self.key and shard["bytes"] == size else None
-
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        if self._file is None:
-            self._file = open(self._path(len(self.shards), ".bin.tmp"), "wb")  # noqa: SIM115
-            self._hash = hashlib.sha256()
-            self._start = self.documents, self.tokens, self.text_bytes
-        data = tokens.tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self.documents, self.tokens = self.documents + 1, self.tokens + len(tokens)
-        self.text_bytes += text_bytes
-        documents_, tokens_, _ = self._start
-        if self.documents - documents_ >= self.shard_documents or self.tokens - tokens_ >= SHARD_TOKENS:
-            self.finish_shard()
-
-    def finish_shard(self) -> None:
-        if self._file is None:
-            return
-        path = self._path(len(self.shards), ".bin")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        os.replace(f"{path}.tmp", path)
-        documents_, tokens, text_bytes = self._start
-        shard = {
-            "file": path.name, "key": self.key, "documents": self.documents - documents_,
-            "tokens": self.tokens - tokens, "text_bytes": self.text_bytes - text_bytes,
-            "bytes": path.stat().st_size, "sha256": self._hash.hexdigest(),
-        }  # fmt: skip
-        _write_json(path.with_suffix(".json"), shard)
-        self.shards.append(shard)
-
-    def discard_open_shard(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # what a full disk refused is refused again
-                self._file.close()
-            self._file = None
-            self._path(len(self.shards), ".bin.tmp").unlink(missing_ok=True)
-
-    def summary(self) -> dict[str, Any]:
-        totals = {"tokens": self.tokens, "text_bytes": self.text_bytes, "documents": self.documents}
-        return {**totals, "shards": [{k: v for k, v in shard.items() if k != "key"} for shard in self.shards]}
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EEXIST, ENOTDIR):
-            raise
-        raise UserError(
-            f"the token folder {folder} can't be written ({error.strerror}); free space or set "
-            f"another folder with HM_RUNS, and run again: complete shards are kept"
-        ) from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "index.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-
-
-# --- reading the shards
-
-
-class TokenDataset:
-    """One split of a token folder as one memory-mapped stream of `len(dataset)` tokens.
-
-    Raises UserError where the folder is not complete or a shard has not the size that the index says.
-    """
-
-    def __init__(self, path: Path | str, split: str) -> None:
-        folder, self.split = Path(path), split
-        index = _read_index(folder)
-        remedy = "delete the folder and run again"
-        if index.get("format") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} holds no index.json of format {FORMAT_VERSION} (token shards); {remedy}"
-            )
-        self.eos_id: int = index["eos_id"]
-        self.vocab_size: int = index["vocab_size"]
-        info = index["splits"][split]
-        self.text_bytes: int = info["text_bytes"]
-        self.num_documents: int = info["documents"]
-        self._shards = []
-        for shard in info["shards"]:
-            file = folder / shard["file"]
-            size = file.stat().st_size if file.is_file() else 0
-            if size != shard["bytes"]:
-                raise UserError(f"{file} has {size:,} bytes where {shard['bytes']:,} belong; {remedy}")
-            self._shards.append(np.memmap(file, dtype=np.dtype(index["dtype"]), mode="r"))
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop - 1 of the stream: int64 (stop - start,)."""
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start}..{stop} of {len(self)}")
-        out = np.empty(stop - start, dtype=np.int64)
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        position = start
-        while position < stop:
-            offset = position - (int(self._ends[shard - 1]) if shard else 0)
-            taken = self._shards[shard][offset : offset + stop - position]
-            out[position - start : position - start + len(taken)] = taken
-            position += len(taken)
-            shard += 1
-        return out
-
-    def num_blocks(self, seq_len: int) -> int:
-        """Whole blocks of seq_len inputs and as many labels."""
-        return (len(self) - 1) // seq_len
-
-    def block(self, i: int, seq_len: int) -> np.ndarray:
-        """Block i: int64 (seq_len + 1,); inputs are [:-1], labels [1:]."""
-        return self.tokens(i * seq_len, (i + 1) * seq_len + 1)
+# --- batches
 
 
 class Batches:

@@ -33,20 +33,23 @@ def perplexity(
     device, was_training = model.device, model.training
     model.eval()
     per_sequence: list[Tensor] = []
+    lengths: list[Tensor] = []
     for tokens in tqdm(token_batches, desc=progress, disable=None if progress else True, unit="batch", leave=False):
         tokens = tokens.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
         per_sequence.append(loss.view(len(tokens), -1).double().mean(1).cpu())
+        lengths.append(torch.full((len(tokens),), tokens.shape[1] - 1, dtype=torch.float64))
     model.train(was_training)
     if not per_sequence:
         raise ValueError("perplexity needs at least one batch of tokens")
-    losses = torch.cat(per_sequence)
-    mean = losses.mean().item()
+    losses, share = torch.cat(per_sequence), torch.cat(lengths) / sum(n.sum() for n in lengths)
+    mean = (share * losses).sum().item()
     if not math.isfinite(mean):
         raise ValueError(f"the loss on the validation text is {mean}")
-    stderr = (losses.std() / math.sqrt(len(losses))).item() if len(losses) > 1 else math.nan
+    n = len(losses)
+    stderr = math.sqrt(n / (n - 1) * (share * (losses - mean)).square().sum()) if n > 1 else math.nan
     found = {"ppl": measured(math.exp(mean), math.exp(mean) * stderr)}
     if bytes_per_token:
         bits = 1 / (math.log(2) * bytes_per_token)

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hm.adapters import AttentionShape, apply_rotary
+from hm.config import MIXERS
 from hm.feature_maps import HedgehogFeatureMap
 from hm.ops import linear_recurrence, resolve_scan
 
@@ -65,22 +67,20 @@ class LayerState:
 
 
 class Decay(torch.autograd.Function):
-    """max(a, 0) whose gradient at a <= 0 passes only where it would raise a.
+    """max(a, 0), with the gradient of the identity.
 
-    A decay rate A = max(a, 0) may start at exactly 0 (Lambda = 1, the identity) and still learn: at the boundary a
-    step that would make A positive goes through, one that would make it negative does not (projected gradient).
-    exp(A_log) can't do this: where it is close to 0, so is its gradient.
+    A decay rate A = max(a, 0) may so start at exactly 0 (Lambda = 1, the identity) and still learn: gradient descent
+    is projected at the boundary (`SelectiveDecay.project_gradient`). exp(A_log) can't do this: where it is close to 0,
+    so is its gradient.
     """
 
     @staticmethod
     def forward(ctx, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
         return a.clamp_min(0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        return torch.where((a > 0) | (grad < 0), grad, torch.zeros_like(grad))
+        return grad
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
@@ -140,6 +140,12 @@ class SelectiveDecay(nn.Module):
             self.up.bias.copy_(inverse_softplus(delta))
             self.A.zero_()
 
+    def project_gradient(self) -> None:
+        """Between the backward passes of a whole batch and the optimiser's step: where A is 0, drop a gradient that
+        would lower it. Not in the backward pass, which may see a part of the batch only."""
+        if self.A.grad is not None:
+            self.A.grad.masked_fill_((self.A <= 0) & (self.A.grad > 0), 0)
+
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         return F.softplus(self.up(self.down(u)).float()), Decay.apply(self.A)
 
@@ -161,11 +167,36 @@ class Gate(nn.Module):
 
 
 class BaseMixer(nn.Module):
-    """What the two mixers share: the call of a Transformers attention module, the state, the scan."""
+    """What all mixers share: projections, the call of a Transformers attention module, the state, the scan.
+
+    A mixer says in PARTS which of its attributes are new (not from the teacher) and what part a report counts them as.
+    """
+
+    PARTS: ClassVar[dict[str, str]] = {}
 
     def __init__(self, spec: MixerSpec, layer_idx: int):
         super().__init__()
         self.spec, self.layer_idx, self.shape = spec, layer_idx, AttentionShape(**spec.shape)
+        s = self.shape
+        self.q_size, self.kv_size = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        self.qkv_proj = nn.Linear(s.hidden_size, self.q_size + 2 * self.kv_size, bias=s.qkv_bias)
+        self.o_proj = nn.Linear(self.q_size, s.hidden_size, bias=s.out_bias)
+
+    def reset_parameters(self) -> None:
+        """The start of every new part."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def copy_attention(self, weights: dict[str, Tensor | None]) -> None:
+        """Take q, k, v and o from the teacher's attention (`Adapter.split`)."""
+
+        def joined(names: str, kind: str) -> Tensor:
+            return torch.cat([w for n in names if (w := weights[f"{n}_{kind}"]) is not None])
+
+        for layer, names in ((self.qkv_proj, "qkv"), (self.o_proj, "o")):
+            layer.weight.copy_(joined(names, "weight"))
+            if layer.bias is not None:
+                layer.bias.copy_(joined(names, "bias"))
 
     def forward(
         self,
@@ -180,7 +211,8 @@ class BaseMixer(nn.Module):
         """hidden_states: (B, L, D) -> ((B, L, D), None), as a Transformers attention module returns it.
 
         padding_mask: (B, >= L), 1 for tokens and 0 for padding; its last L columns belong to hidden_states. Padding
-        leaves the state as it was. `attention_mask` is the causal mask of attention and is not used here.
+        adds nothing to the recurrent state and decays nothing; to the convolution it is zeros, as before a sequence,
+        so sequences that go on are padded on the left. `attention_mask` is that of attention and is not used here.
         """
         cache = past_key_values if past_key_values is not None else layer_past
         state = cache.state(self.layer_idx) if cache is not None else None
@@ -198,26 +230,25 @@ class BaseMixer(nn.Module):
 
     def recur(self, q, k, v, delta, A, state: LayerState | None, normalize: bool) -> Tensor:
         scan = resolve_scan(self.spec.scan, q.device, q.shape[-1])
-        if state is None:
-            return linear_recurrence(q, k, v, delta, A, scan=scan, chunk_size=self.spec.chunk_size, normalize=normalize)
-        if q.shape[1] == 1:
+        if state is not None and q.shape[1] == 1:
             scan = "recurrent"
-        y, state.ssm = linear_recurrence(
+        y, last = linear_recurrence(
             q, k, v, delta, A, scan=scan, chunk_size=self.spec.chunk_size, normalize=normalize,
-            initial_state=state.ssm, return_state=True,
+            initial_state=state.ssm if state is not None else None, return_state=True,
         )  # fmt: skip
+        if state is not None:
+            state.ssm = last
         return y
 
 
 class Mixer(BaseMixer):
     """Linear attention with SSM, convolution and gate each on or off; see the equations at the top of the file."""
 
+    PARTS = {"phi_q": "feature map", "phi_k": "feature map", "ssm": "ssm", "conv": "conv", "gate": "gate"}  # noqa: RUF012
+
     def __init__(self, spec: MixerSpec, layer_idx: int):
         super().__init__(spec, layer_idx)
         s = self.shape
-        self.q_size, self.kv_size = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-        self.qkv_proj = nn.Linear(s.hidden_size, self.q_size + 2 * self.kv_size, bias=s.qkv_bias)
-        self.o_proj = nn.Linear(self.q_size, s.hidden_size, bias=s.out_bias)
         self.phi_q = HedgehogFeatureMap(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
         self.phi_k = HedgehogFeatureMap(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
         self.ssm = SelectiveDecay(s.hidden_size, s.num_heads) if spec.ssm else None
@@ -229,16 +260,6 @@ class Mixer(BaseMixer):
         for part in (self.phi_q, self.phi_k, self.ssm, self.conv, self.gate):
             if part is not None:
                 part.reset_parameters()
-
-    def copy_attention(self, weights: dict[str, Tensor | None]) -> None:
-        """Take q, k, v and o from the teacher's attention (`Adapter.split`)."""
-        with torch.no_grad():
-            self.qkv_proj.weight.copy_(torch.cat([weights[f"{n}_weight"] for n in "qkv"]))  # type: ignore[arg-type]
-            self.o_proj.weight.copy_(weights["o_weight"])  # type: ignore[arg-type]
-            if self.qkv_proj.bias is not None:
-                self.qkv_proj.bias.copy_(torch.cat([weights[f"{n}_bias"] for n in "qkv"]))  # type: ignore[arg-type]
-            if self.o_proj.bias is not None:
-                self.o_proj.bias.copy_(weights["o_bias"])  # type: ignore[arg-type]
 
     def qkv(self, u: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """u: (B, L, D) -> q (B, L, H, d), k and v (B, L, G, d), rotated."""
@@ -274,18 +295,19 @@ class MambaMixer(BaseMixer):
     heads, head width and head width, so that C, B, v and the output can also be copied from q, k, v and o.
     """
 
+    PARTS = {  # noqa: RUF012
+        "z_proj": "gate", "dt_proj": "ssm", "conv": "conv", "A_log": "ssm", "D": "ssm", "norm": "norm"
+    }  # fmt: skip
+
     def __init__(self, spec: MixerSpec, layer_idx: int):
         super().__init__(spec, layer_idx)
         s = self.shape
-        self.q_size, self.kv_size = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-        self.qkv_proj = nn.Linear(s.hidden_size, self.q_size + 2 * self.kv_size, bias=s.qkv_bias)
         self.z_proj = nn.Linear(s.hidden_size, self.q_size, bias=False)
         self.dt_proj = nn.Linear(s.hidden_size, s.num_heads)
         self.conv = CausalConv(self.qkv_proj.out_features, bias=True)
         self.A_log = nn.Parameter(torch.empty(s.num_heads))
         self.D = nn.Parameter(torch.empty(s.num_heads))
         self.norm = nn.RMSNorm(self.q_size, eps=1e-5)
-        self.o_proj = nn.Linear(self.q_size, s.hidden_size, bias=s.out_bias)
 
     def reset_parameters(self) -> None:
         """Mamba-2's start: A in [1, 16], delta log-uniform in [0.001, 0.1], D = 1, PyTorch's linear and conv starts."""
@@ -300,8 +322,6 @@ class MambaMixer(BaseMixer):
             self.dt_proj.bias.copy_(inverse_softplus(delta))
             self.D.fill_(1)
             self.norm.weight.fill_(1)
-
-    copy_attention = Mixer.copy_attention
 
     def mix(self, x, rotary, state, keep):
         b, length, _ = x.shape
@@ -319,8 +339,17 @@ class MambaMixer(BaseMixer):
         y = self.recur(q, k, v, delta, self.A_log.float().exp(), state, normalize=False)
         skip = v.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, dim=2)
         y = (y + skip * self.D.to(v.dtype)[:, None]).flatten(2)
-        return self.o_proj(self.norm(y * F.silu(self.z_proj(x))))
+        return self.o_proj(self.norm((y * F.silu(self.z_proj(x))).to(self.norm.weight.dtype)))
+
+
+KINDS: dict[str, type[BaseMixer]] = {name: Mixer for name in MIXERS} | {"mamba": MambaMixer}
+
+
+def register_mixer(name: str, kind: type[BaseMixer], **parts: bool) -> None:
+    """Make `mixer=name` build `kind`; ssm=, conv= and gate= say which parts are on by default (default: all off)."""
+    KINDS[name] = kind
+    MIXERS[name] = {"ssm": False, "conv": False, "gate": False} | parts
 
 
 def build_mixer(spec: MixerSpec, layer_idx: int) -> BaseMixer:
-    return MambaMixer(spec, layer_idx) if spec.kind == "mamba" else Mixer(spec, layer_idx)
+    return KINDS[spec.kind](spec, layer_idx)

@@ -7,6 +7,8 @@ teacher's code, and `save_pretrained`, `from_pretrained` and `generate` are Tran
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hm.adapters import adapter_for
-from hm.feature_maps import HedgehogFeatureMap
-from hm.mixer import BaseMixer, CausalConv, Gate, LayerState, MixerSpec, SelectiveDecay, build_mixer
-
-_PARTS = (HedgehogFeatureMap, SelectiveDecay, CausalConv, Gate)
+from hm.errors import UserError
+from hm.mixer import BaseMixer, LayerState, MixerSpec, build_mixer
 
 
 class StudentConfig(PreTrainedConfig):
@@ -86,11 +86,17 @@ class StudentCache(Cache):
         super().__init__(layers=[DynamicLayer() if i in kept else RecurrentLayer() for i in range(num_layers)])
 
     def state(self, layer_idx: int) -> LayerState:
-        return self.layers[layer_idx].state
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RecurrentLayer)
+        return layer.state
 
 
 class StudentForCausalLM(PreTrainedModel, GenerationMixin):
-    """input_ids: (B, L) -> logits (B, L, vocab)."""
+    """input_ids: (B, L) -> logits (B, L, vocab).
+
+    attention_mask: (B, tokens so far), 1 for tokens and 0 for padding. Linear attention is not blind to a shift of all
+    positions, so where no position_ids are given a sequence's first token that is no padding is at position 0.
+    """
 
     config_class = StudentConfig
     config: StudentConfig
@@ -103,6 +109,10 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.backbone_config(), attn_implementation="sdpa")
+        else:
+            for module in backbone.modules():
+                # or post_init draws anew what it doesn't know to be initialised
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.backbone = backbone
         self.adapter = adapter_for(backbone.config)
         spec = MixerSpec(**config.mixer)
@@ -114,16 +124,12 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
                 f"backbone.{k}": f"backbone.{v}" for k, v in type(backbone)._tied_weights_keys.items()
             }
         self.post_init()
+        for mixer in self.mixers:
+            mixer.reset_parameters()
 
     @property
     def mixers(self) -> list[BaseMixer]:
         return [m for m in self.modules() if isinstance(m, BaseMixer)]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, _PARTS):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -159,6 +165,8 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = input_ids if input_ids is not None else inputs_embeds
         assert inputs is not None
         padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if position_ids is None and padding_mask is not None:
+            position_ids = (padding_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
         if len(self.config.keep_attention) == 0:
             # no layer reads a causal mask: a 4-D placeholder keeps Transformers from building one
             attention_mask = torch.empty(0, 0, 0, 0, device=inputs.device)
@@ -174,5 +182,19 @@ AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)
 
 
 def load_student(path: str, dtype: torch.dtype = torch.float32) -> StudentForCausalLM:
-    """A student from a folder that `save_pretrained` wrote."""
-    return StudentForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+    """A student from a folder that `save_pretrained` wrote.
+
+    Raises:
+        UserError: the folder is not there, holds no student, or lacks some of its weights.
+    """
+    try:
+        kind = json.loads((Path(path) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise UserError(f"student={path} has no config.json that can be read ({error}); name a folder with a saved student.") from error
+    if kind != StudentConfig.model_type:
+        raise UserError(f"student={path} holds a model of type {kind}, not a student; convert it first.")
+    loaded: Any = StudentForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    student, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"student={path} lacks {len(missing)} weights, such as {missing[0]}; copy or train it again.")
+    return student.eval()

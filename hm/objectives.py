@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hm.adapters import adapter_for, capture_attention
 from hm.convert import is_new, trainable
 from hm.losses import cosine_loss, cross_entropy, kl_divergence
+from hm.mixer import SelectiveDecay
 from hm.modeling import StudentForCausalLM
 
 
@@ -27,6 +28,12 @@ class Objective(ABC):
     @abstractmethod
     def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
         """Add the gradients of scale * loss for tokens (b, L + 1); returns {"loss": ..., ...}, detached scalars."""
+
+    def project(self) -> None:
+        """Between the last `backward` of a step and the optimiser: keep the parameters where they are defined."""
+        for module in self.model.modules():
+            if isinstance(module, SelectiveDecay):
+                module.project_gradient()
 
     def suspect(self, tokens: Tensor, losses: dict[str, float]) -> str:
         """Where a non-finite loss comes from, in words."""
@@ -61,12 +68,13 @@ class Align(Objective):
     """
 
     def __init__(self, teacher: PreTrainedModel, student: StudentForCausalLM, feed: str = "teacher"):
-        self.teacher, self.model, self.feed = teacher.eval(), student, feed
+        self.teacher, self.feed = teacher.eval(), feed
+        self.model = self.student = student
         self.parameters = [(n, p, True) for n, p in trainable(student, "stage1")]
 
     def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
         inputs = tokens[:, :-1]
-        mixers = self.model.mixers
+        mixers = self.student.mixers
         backbone = self.teacher.base_model
         with torch.no_grad(), capture_attention(self.teacher) as captured:
             backbone(input_ids=inputs, use_cache=False)
@@ -114,8 +122,8 @@ class FineTune(Objective):
         if parameters is not None:
             self.parameters = [(n, p, False) for n, p in parameters.named_parameters()]
             return
-        student = isinstance(model, StudentForCausalLM)
-        self.parameters = [(n, p, student and is_new(model, n)) for n, p in trainable(model, "stage2")]
+        chosen = trainable(model, "stage2")
+        self.parameters = [(n, p, isinstance(model, StudentForCausalLM) and is_new(model, n)) for n, p in chosen]
 
     def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]

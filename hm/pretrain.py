@@ -14,6 +14,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -50,13 +51,13 @@ def train_tokenizer(spec: DataSpec, vocab_size: int, max_documents: int = 20_000
 def new_model(args: argparse.Namespace, vocab_size: int) -> GPTNeoXForCausalLM:
     """A GPT-NeoX as Pythia builds it: parallel residual, rotary on a quarter of each head, biases, untied embeddings."""
     torch.manual_seed(args.seed)
-    config = GPTNeoXConfig(
+    config: dict[str, Any] = dict(
         vocab_size=vocab_size, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, intermediate_size=4 * args.hidden_size, max_position_embeddings=args.seq_len,
         rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
         attn_implementation="sdpa",
     )  # fmt: skip
-    return GPTNeoXForCausalLM(config)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**config))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = torch.device(args.device)
     precision = "bf16" if device.type == "cuda" else "fp32"
-    model = new_model(args, len(tokenizer)).to(device)
+    model: Any = new_model(args, len(tokenizer))
+    model.to(device)
     per_step = args.batch_size * args.seq_len
     steps = tokens(args.tokens, "--tokens") // per_step
     if steps < 1:
@@ -114,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
                 if k not in ("data", "validation", "tokenizer", "out", "work", "device", "only_tokens", "compile")}  # fmt: skip
     key = content_key({**settings, "tokens_index": (work / "tokens" / "index.json").read_text()})
     run = Run("pretrain", work, key, device, precision, checkpoint_every=500, log_every=20)
-    objective = FineTune(torch.compile(model) if args.compile else model, parameters=model)
+    compiled: Any = torch.compile(model) if args.compile else model
+    objective = FineTune(compiled, parameters=model)
     batches = Batches(data, args.seq_len, args.batch_size, args.seed)
     result = train(objective, batches.batch, steps, stage, run)
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from hm.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from hm.config import Stage
 from hm.errors import UserError
-from hm.objectives import Objective
+from hm.files import atomic_write
+from hm.objectives import Align, Objective
 
 
 class Diverged(UserError):
@@ -53,8 +54,9 @@ def learning_rate(step: int, steps: int, stage: Stage) -> float:
 def make_optimizer(objective: Objective, stage: Stage) -> torch.optim.AdamW:
     """AdamW with decay on matrices only and a rate of their own for new parameters; each group keeps its peak rate."""
     groups: dict[tuple[bool, bool], list] = {}
-    for _, parameter, new in objective.parameters:
-        groups.setdefault((new, parameter.dim() >= 2), []).append(parameter)
+    for name, parameter, new in objective.parameters:
+        matrix = parameter.dim() >= 2 and not name.endswith("bias")  # a map per head has a bias of two dimensions
+        groups.setdefault((new, matrix), []).append(parameter)
     rates = {False: stage.lr, True: stage.lr if stage.lr_new is None else stage.lr_new}
     return torch.optim.AdamW(
         [
@@ -100,7 +102,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
         total=steps * per_step, initial=first * per_step, desc=run.name, unit="tok", unit_scale=True,
         dynamic_ncols=True, disable=None if run.progress else True, mininterval=1.0,
     )  # fmt: skip
-    objective.model.train()
+    objective.model.eval()  # a teacher's config may ask for dropout: the student learns what the teacher computes
     with bar, open(log, "a") as out:
         for step in range(first, steps):
             tokens = batch(step).to(run.device, non_blocking=True)
@@ -112,12 +114,14 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
                     values = objective.backward(chunk, 1 / parts)
                 for name, value in values.items():
                     found[name] = found.get(name, 0) + value / parts
+            objective.project()
             norm = torch.nn.utils.clip_grad_norm_(list(names), stage.clip if stage.clip > 0 else math.inf)
             logged = step % run.log_every == 0 or step == steps - 1
-            if logged or not cuda:
+            finite = bool(torch.isfinite(found["loss"] + norm))  # before the step: it would spoil every weight
+            if logged or not finite:
                 losses = {name: float(value) for name, value in found.items()}
-                if not (math.isfinite(losses["loss"]) and math.isfinite(float(norm))):
-                    raise diverged(objective, tokens, losses, step, stage, run)
+            if not finite:
+                raise diverged(objective, tokens, losses, step, stage, run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update(per_step)
@@ -133,7 +137,6 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     if cuda:
         torch.cuda.synchronize(run.device)
     seconds += time.perf_counter() - start
-    objective.model.eval()
     return {
         "steps": steps,
         "tokens": steps * per_step,
@@ -174,7 +177,7 @@ def truncate_log(log: Path, steps: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    log.write_text("".join(kept))
+    atomic_write(log, "".join(kept))
 
 
 def last_losses(log: Path) -> dict[str, float]:
@@ -183,9 +186,10 @@ def last_losses(log: Path) -> dict[str, float]:
 
 
 def diverged(objective: Objective, tokens: Tensor, losses: dict, step: int, stage: Stage, run: Run) -> Diverged:
-    group = "stage1" if "1" in run.name else "stage2"
+    group = "stage1" if isinstance(objective, Align) else "stage2"
+    remedy = ", or try precision=fp32" if run.precision == "bf16" else ""
     return Diverged(
         f"{run.name}: the loss or its gradient is not finite at step {step} (loss {losses['loss']}; "
         f"{objective.suspect(tokens, losses)}); lower {group}.lr (now {stage.lr:g}) or {group}.lr_new, "
-        f"lower {group}.clip (now {stage.clip:g}), or try precision=fp32."
+        f"or lower {group}.clip (now {stage.clip:g}){remedy}."
     )

@@ -1,0 +1,398 @@
+"""One cell of a study: tokens -> stage 1 -> stage 2 -> evaluation -> record; each step is looked up before it is computed.
+
+Each step's key is a hash of what determines its result: the content of the teacher and of the text, and the settings
+that matter to it, through the keys of the steps before. So cells that share a step share its artifact, whatever study
+they belong to, and a cell that is done is found done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from hm.adapters import max_seq_len
+from hm.config import MIXERS, Settings, human
+from hm.convert import convert, kept_layers, parts_name, report, teacher_counts, trainable
+from hm.data import Batches, DataSpec, TokenDataset, spec_fingerprint, tokenize, validation_batches
+from hm.errors import UserError
+from hm.evaluate import perplexity
+from hm.mixer import KINDS, Mixer
+from hm.modeling import StudentForCausalLM, load_student
+from hm.objectives import Align, FineTune
+from hm.ops import resolve_scan
+from hm.provenance import provenance
+from hm.store import Store, atomic_write, content_key, to_json
+from hm.teacher import fingerprint, load_config, load_teacher, load_tokenizer
+from hm.train import Run, train
+
+FORMAT = 1
+"""Raised when a change of the code changes what a step computes from the same settings."""
+
+
+def check(settings: Settings) -> Settings:
+    """The settings, resolved; everything that can be seen to be wrong before work begins is refused here.
+
+    Raises:
+        UserError: one sentence that names the setting, the value and the remedy.
+    """
+    s = settings.resolve()
+    config = load_config(s.teacher)
+    longest = max_seq_len(config)
+    if s.seq_len > longest:
+        raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
+    kept_layers(s.keep_attention, config.num_hidden_layers)
+    device = pick_device(s.device)
+    resolve_scan(s.scan, device, 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads))
+    data_exists(s)
+    return s
+
+
+def data_exists(s: Settings) -> None:
+    """Refuse a `data` or `validation` that names no text, without reading it."""
+    for name, value in (("data", s.data), ("validation", s.validation)):
+        if value is None:
+            continue
+        for part in (p.strip() for p in value.split(" + ")):
+            built_in = part == "docstrings" or part.startswith("hf:")
+            if not built_in and not any(c in part for c in "*?[") and not Path(part).expanduser().exists():
+                raise UserError(f"{name}={part} is no file or folder here; give a path, hf:<name> or docstrings.")
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine shows PyTorch no GPU; use device=cpu or device=auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Cell:
+    """A resolved cell in a store. `run()` gives its record."""
+
+    def __init__(self, settings: Settings, store: Store):
+        self.s, self.store = check(settings), store
+        self.device = pick_device(self.s.device)
+        self.precision = self.s.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.spec = DataSpec(self.s.data, self.s.validation)
+        self.untouched = self.s.recipe == "teacher"
+        self.is_student = self.s.recipe in ("two_stage", "one_step")
+        self.stage1_steps = self._steps("stage1") if self.s.recipe == "two_stage" else 0
+        self.stage2_steps = self._steps("stage2")
+        self.timing: dict[str, float] = {}
+
+    def _steps(self, stage: str) -> int:
+        return getattr(self.s, f"{stage}_tokens") // (getattr(self.s, stage).batch_size * self.s.seq_len)
+
+    # --- keys
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.s.teacher)
+
+    @cached_property
+    def tokens_key(self) -> str:
+        vocab = load_config(self.s.teacher).vocab_size
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        return content_key({"step": "tokens", "text": spec_fingerprint(self.spec), "tokenizer": backend,
+                            "eos": self.tokenizer.eos_token_id, "vocab": vocab})  # fmt: skip
+
+    @cached_property
+    def base_key(self) -> dict[str, Any]:
+        """What every training step's result depends on."""
+        s = self.s
+        return {"format": FORMAT, "teacher": fingerprint(s.teacher), "tokens": self.tokens_key, "seq_len": s.seq_len,
+                "seed": s.seed, "precision": self.precision}  # fmt: skip
+
+    @cached_property
+    def stage1_key(self) -> str | None:
+        if self.stage1_steps == 0:
+            return None
+        s = self.s
+        kept = s.keep_attention if s.stage1.feed == "student" else None
+        return content_key({"step": "stage1", **self.base_key, "stage": recipe_of(s.stage1), "steps": self.stage1_steps,
+                            "feature_map": vars(s.feature_map), "keep_attention": kept})  # fmt: skip
+
+    @cached_property
+    def student_key(self) -> str | None:
+        s = self.s
+        if self.untouched:
+            return None
+        what: dict[str, Any] = {"step": "student", **self.base_key, "recipe": s.recipe, "stage": recipe_of(s.stage2),
+                                "steps": self.stage2_steps, "first_block": self.first_block}  # fmt: skip
+        if self.is_student:
+            what |= {"mixer": s.mixer, "ssm": s.ssm, "conv": s.conv, "gate": s.gate, "feature_map": vars(s.feature_map),
+                     "keep_attention": s.keep_attention, "stage1": self.stage1_key}  # fmt: skip
+            if s.mixer == "mamba":
+                what["mamba"] = vars(s.mamba)
+            elif KINDS[s.mixer] is Mixer:  # its name says no more than its parts
+                del what["mixer"]
+        return content_key(what)
+
+    @cached_property
+    def key(self) -> str:
+        sequences, seq_len = self.s.eval.sequences, self.s.seq_len
+        return content_key({"step": "eval", "format": FORMAT, "teacher": fingerprint(self.s.teacher),
+                            "tokens": self.tokens_key, "student": self.student_key, "sequences": sequences,
+                            "seq_len": seq_len, "precision": self.precision})  # fmt: skip
+
+    @property
+    def parts(self) -> str:
+        """hedgehog, +ssm, +ssm+conv+gate, ..."""
+        return parts_name({"kind": self.s.mixer, "ssm": self.s.ssm, "conv": self.s.conv, "gate": self.s.gate})
+
+    @property
+    def first_block(self) -> int:
+        """Stage 2 goes on in the text where stage 1 of the same budget ends."""
+        s = self.s
+        return 0 if s.recipe == "one_step" else s.stage1_tokens // (s.stage1.batch_size * s.seq_len) * s.stage1.batch_size
+
+    @property
+    def name(self) -> str:
+        """hedgemamba-10-90-s0, teacher, adapted_teacher-s1, ..."""
+        s = self.s
+        if s.row:
+            base = "".join(c if c.isalnum() or c in "._" else "-" for c in s.row).strip("-")
+        elif s.recipe == "two_stage":
+            share = 100 * s.stage1_tokens / max(1, s.budget)
+            named = {tuple(p.values()): m for m, p in reversed(MIXERS.items()) if KINDS[m] is Mixer}
+            parts = (bool(s.ssm), bool(s.conv), bool(s.gate))
+            mixer = s.mixer if KINDS[s.mixer] is not Mixer else named.get(parts, self.parts.strip("+").replace("+", "_"))
+            base = f"{mixer}-{share:.3g}-{100 - share:.3g}"
+            base += "-hybrid" if s.keep_attention else ""
+        else:
+            base = s.recipe
+        return base if self.untouched else f"{base}-s{s.seed}"
+
+    # --- steps
+
+    def tokens(self) -> Path:
+        """The token shards."""
+
+        def build(work: Path) -> None:
+            vocab = load_config(self.s.teacher).vocab_size
+            with tqdm(desc="tokenise", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+                tokenize(self.spec, self.tokenizer, work, vocab_size=vocab,
+                         progress=lambda n, size: bar.update(size - bar.n))  # fmt: skip
+
+        with self.timed("tokenise"):
+            return self.store.artifact("tokens", self.tokens_key, build, {"data": self.s.data, "validation": self.s.validation})
+
+    @cached_property
+    def train_tokens(self) -> TokenDataset:
+        return TokenDataset(self.tokens(), "train")
+
+    def teacher(self) -> PreTrainedModel:
+        return self.on_device(load_teacher(self.s.teacher))
+
+    def on_device(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model.to(device=self.device)  # type: ignore[call-arg]
+
+    def fresh_student(self, teacher: PreTrainedModel, stage1: bool = False) -> StudentForCausalLM:
+        """A converted student; stage1: the plain Hedgehog student whose feature maps stage 1 learns."""
+        s = self.s
+        kept = s.keep_attention if not stage1 or s.stage1.feed == "student" else None
+        parts = {"ssm": False, "conv": False, "gate": False} if stage1 else {"ssm": s.ssm, "conv": s.conv, "gate": s.gate}
+        if s.mixer == "mamba":
+            return convert(teacher, "mamba", keep_attention=kept, copy_projections=s.mamba.copy_projections, scan=s.scan, seed=s.seed)
+        return convert(teacher, "hedgehog" if stage1 else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map, scan=s.scan, seed=s.seed)
+
+    def run_of(self, name: str, work: Path, key: str) -> Run:
+        return Run(name, work, key, self.device, self.precision, self.s.checkpoint_every, self.s.log_every)
+
+    def stage1(self, teacher: PreTrainedModel) -> Path | None:
+        """The artifact with the feature maps that stage 1 learns; None without a stage 1."""
+        if self.stage1_key is None:
+            return None
+        key, s = self.stage1_key, self.s
+
+        def build(work: Path) -> dict:
+            student = self.fresh_student(teacher, stage1=True)
+            objective = Align(teacher, student, s.stage1.feed)
+            batches = Batches(self.train_tokens, s.seq_len, s.stage1.batch_size, s.seed)
+            result = train(objective, batches.batch, self.stage1_steps, s.stage1, self.run_of("stage 1", work, key))
+            maps = {n: p.detach().cpu().contiguous() for n, p in trainable(student, "stage1")}
+            save_file(maps, work / "feature_maps.safetensors")
+            shutil.rmtree(work / "checkpoints", ignore_errors=True)
+            return result
+
+        return self.store.artifact("stage1", key, build, self.described())
+
+    def converted(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """What stage 2 starts from: the student with stage 1's feature maps, or a teacher to be adapted."""
+        if not self.is_student:
+            return teacher
+        student = self.fresh_student(teacher)
+        folder = self.stage1(teacher)
+        if folder is not None:
+            maps = load_file(folder / "feature_maps.safetensors", device=str(self.device))
+            kept = student.config.keep_attention
+            wanted = {n for n, _ in trainable(student, "stage1")}
+            maps = {n: t for n, t in maps.items() if not any(f".layers.{i}." in n for i in kept)}
+            if set(maps) != wanted:
+                raise UserError(f"{folder} holds other feature maps than this student has; delete the folder and run again.")
+            student.load_state_dict(maps, strict=False)
+            trainable(student, "stage2")
+        return student
+
+    def student(self) -> Path:
+        """The artifact with the trained student (or adapted teacher), as `save_pretrained` writes it."""
+        assert self.student_key is not None
+        key, s = self.student_key, self.s
+
+        def build(work: Path) -> dict:
+            teacher = self.teacher()
+            model = self.converted(teacher)
+            result: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0}
+            if isinstance(model, StudentForCausalLM):
+                print(report(model), file=sys.stderr)
+                model.config.recipe = self.described()
+            if self.stage2_steps:
+                distils = s.stage2.loss != "ce"
+                own = self.teacher() if distils and model is teacher else teacher
+                objective = FineTune(model, s.stage2.loss, own if distils else None, s.stage2.kl_weight)
+                if s.compile:
+                    model.compile()
+                batches = Batches(self.train_tokens, s.seq_len, s.stage2.batch_size, s.seed, self.first_block)
+                name = {"two_stage": "stage 2", "one_step": "one step"}.get(s.recipe, "adapt teacher")
+                result = train(objective, batches.batch, self.stage2_steps, s.stage2, self.run_of(name, work, key))
+            counts = report(model).counts if isinstance(model, StudentForCausalLM) else adapted_counts(model)
+            model.save_pretrained(work / "model")
+            shutil.rmtree(work / "checkpoints", ignore_errors=True)
+            return result | {"params": counts}
+
+        return self.store.artifact("student", key, build, self.described())
+
+    def evaluate(self) -> Path:
+        """The artifact with the metrics (metrics.json): of the finished model, and right after conversion (ppl_start)."""
+
+        def build(work: Path) -> None:
+            s = self.s
+            held = TokenDataset(self.tokens(), "validation")
+            per_token = held.text_bytes / len(held)
+
+            def measure(model: PreTrainedModel, what: str) -> dict:
+                batches = validation_batches(held, s.seq_len, s.eval.batch_size, s.eval.sequences)
+                return perplexity(self.on_device(model), batches, precision=self.precision, bytes_per_token=per_token, progress=what)
+
+            if self.untouched:
+                found = measure(self.teacher(), "evaluate")
+            else:
+                folder = self.student() / "model"
+                if self.is_student:
+                    found = measure(load_student(str(folder)), "evaluate")
+                    found["ppl_start"] = measure(self.converted(self.teacher()), "evaluate start")["ppl"]
+                else:
+                    found = measure(load_teacher(str(folder)), "evaluate")
+            atomic_write(work / "metrics.json", to_json(found, indent=1))
+
+        return self.store.artifact("eval", self.key, build, self.described())
+
+    # --- the record
+
+    def described(self) -> dict:
+        """The settings as plain data, for people and records."""
+        return dataclasses.asdict(self.s)
+
+    def timed(self, name: str):
+        return _Timer(self.timing, name)
+
+    def run(self) -> dict:
+        """Do what is missing, write the record into the cell's run folder, and return it."""
+        s, started = self.s, provenance()
+        folder = self.store.run_dir(s.study, self.name, self.key)
+        done = self.store.read_record(folder)
+        if done and not s.force:
+            print(f"{s.study}/{self.name}: already done ({folder / 'record.json'}); force=true runs it again", file=sys.stderr)
+            return done
+        if s.force:
+            self.forget()
+            folder = self.store.next_run_dir(s.study, self.name, self.key) if done else folder
+        print(f"\n{s.study}/{self.name}: {self.summary()}", file=sys.stderr)
+        atomic_write(folder / "config.yaml", flat_yaml(self.described()))
+        atomic_write(folder / "provenance.json", to_json(started, indent=1))
+        self.tokens()
+        metrics = json.loads((self.evaluate() / "metrics.json").read_text())
+        results = {k: self.store.read_json(k, key)["result"] for k, key in self.training_steps()}
+        write_log(folder / "metrics.jsonl", [(k, self.store.path(k, key) / "metrics.jsonl") for k, key in self.training_steps()])
+        second = results.get("student", {})
+        record = {
+            "schema": 1, "study": s.study, "cell": self.name, "row": s.row, "key": self.key, "status": "done",
+            "settings": self.described(), "metrics": metrics,
+            "params": second.get("params") or teacher_counts(self.teacher()),
+            "tokens": {"stage1": results.get("stage1", {}).get("tokens", 0), "stage2": second.get("tokens", 0)},
+            "timing": self.timing | {f"{k}_seconds": r["seconds"] for k, r in results.items()}
+            | {f"{k}_tokens_per_second": r["tokens_per_second"] for k, r in results.items() if "tokens_per_second" in r},
+            "peak_memory": {k: r.get("peak_memory") for k, r in results.items()},
+            "provenance": {**provenance(), "started": started["started"], "data": spec_fingerprint(self.spec),
+                           "teacher": fingerprint(s.teacher), "precision": self.precision, "device_type": self.device.type,
+                           "artifacts": {"tokens": self.tokens_key, **dict(self.training_steps()), "eval": self.key}},
+        }  # fmt: skip
+        self.store.write_record(folder, record)
+        return record
+
+    def training_steps(self) -> list[tuple[str, str]]:
+        return [(kind, key) for kind, key in (("stage1", self.stage1_key), ("student", self.student_key)) if key]
+
+    def forget(self) -> None:
+        """Drop this cell's own results, so that they are computed again; what it shares (tokens, stage 1) stays."""
+        for kind, key in (("student", self.student_key), ("eval", self.key)):
+            if key and self.store.has(kind, key):
+                shutil.rmtree(self.store.path(kind, key))
+
+    def summary(self) -> str:
+        s = self.s
+        if self.untouched:
+            return f"the teacher {s.teacher}, untouched"
+        what = {"two_stage": self.parts, "one_step": "mamba in one step"}.get(s.recipe, "the teacher, fine-tuned")
+        return f"{what}; {human(self.stage1_steps * s.stage1.batch_size * s.seq_len)} + {human(s.stage2_tokens)} tokens, seed {s.seed}"
+
+
+class _Timer:
+    """Adds the seconds spent inside to times[name]."""
+
+    def __init__(self, times: dict[str, float], name: str):
+        self.times, self.name = times, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+def recipe_of(stage: Any) -> dict:
+    """A stage's settings that determine its result (how a batch is cut up for memory does not)."""
+    return {k: v for k, v in dataclasses.asdict(stage).items() if k != "micro_batch"}
+
+
+def adapted_counts(model: PreTrainedModel) -> dict:
+    counts = teacher_counts(model)
+    return counts | {"trainable": counts["total"] - counts["by_part"]["embeddings"]}
+
+
+def write_log(path: Path, logs: list[tuple[str, Path]]) -> None:
+    """The cell's metrics.jsonl: the steps' logs one after the other, each line with its stage."""
+    lines = []
+    for kind, log in logs:
+        if log.exists():
+            stage = "stage1" if kind == "stage1" else "stage2"
+            lines += [json.dumps({"stage": stage, **json.loads(line)}) for line in log.read_text().splitlines()]
+    atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def flat_yaml(settings: dict) -> str:
+    """Settings as YAML that `python sweep.py --config-path` or a person can read."""
+    import yaml
+
+    return yaml.safe_dump(settings, sort_keys=False)

@@ -1,0 +1,142 @@
+"""The one entry: `python sweep.py` runs one cell, `python sweep.py -m ...` a sweep, `-m +study=NAME` a study.
+
+    python sweep.py stage1_tokens=50k                      one cell
+    python sweep.py -m stage1_tokens=0,50k,100k seed=0,1    a sweep: every combination
+    python sweep.py -m +study=mixer scale=smollm2           a table of the paper: sweeps/study/mixer.yaml
+    python sweep.py --help                                 every setting
+
+Hydra reads the command line and sweeps/; hm runs the cells; analysis prints the table at the end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from hm.config import GROUPS, Settings, check_names, from_dict, help_text
+from hm.errors import UserError
+
+ROOT = Path(__file__).parent
+CONFIGS = ROOT / "sweeps"
+SWEEP_KEYS = ("row", "rows", "runs")
+CHOICES = ("scale", "study")
+
+
+
+@dataclass
+class SweepSettings(Settings):
+    """What may be typed here beside a cell's settings."""
+
+    runs: str | None = None  # the store; null: HM_RUNS, or ./runs
+    rows: dict[str, Any] = field(default_factory=dict)  # a study's rows: name -> the settings that make it
+
+
+ConfigStore.instance().store(name="settings", node=SweepSettings)
+OmegaConf.register_new_resolver("row_names", lambda rows: ",".join(f"'{name}'" for name in rows), replace=True)
+
+
+def store_folder(runs: str | None) -> str:
+    """Where runs and artifacts are kept: runs=, else HM_RUNS, else ./runs."""
+    return runs or os.environ.get("HM_RUNS") or "runs"
+
+
+OmegaConf.register_new_resolver("store", store_folder, replace=True)
+
+
+def settings_of(cfg: DictConfig, typed: list[str]) -> Settings:
+    """The settings of one cell: defaults, scale and study, then its row's own, then what was typed.
+
+    Raises:
+        UserError: a row that the study doesn't have, or a typed setting that the row itself decides.
+    """
+    own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+    plain: dict[str, Any] = OmegaConf.to_container(own, resolve=True)  # type: ignore[assignment]
+    rows, _ = plain.pop("rows", None) or {}, plain.pop("runs", None)
+    row = plain.get("row")
+    if row is not None and rows:
+        if row not in rows:
+            near = difflib.get_close_matches(str(row), rows, n=1)
+            raise UserError(f"row={row} is not in this study{f'; did you mean {near[0]}?' if near else ''} Known: {', '.join(rows)}.")
+        names = {o.split("=")[0].lstrip("+~") for o in typed}
+        for name, value in rows[row].items():
+            if name in names:
+                raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
+        flat = {f"{g}.{k}": v for g in GROUPS for k, v in plain.pop(g).items()}
+        plain = plain | flat | rows[row]
+    return from_dict(plain)
+
+
+def check_typed(arguments: list[str]) -> None:
+    """Answer a wrong name on the command line with the nearest right one (Hydra would answer with a traceback)."""
+    typed = [a for a in arguments if "=" in a and not a.startswith("-")]
+    keys = [a.split("=")[0].lstrip("+~") for a in typed]
+    check_names([k for k in keys if not k.startswith("hydra") and k not in (*CHOICES, *SWEEP_KEYS)])
+    for argument, key in zip(typed, keys, strict=True):
+        if key in CHOICES:
+            known = sorted(p.stem for p in (CONFIGS / key).glob("*.yaml"))
+            for value in argument.split("=", 1)[1].split(","):
+                if value not in known:
+                    near = difflib.get_close_matches(value, known, n=1)
+                    hint = f"; did you mean {key}={near[0]}?" if near else ""
+                    raise UserError(f"{key}={value} is not known{hint} Known: {', '.join(known)}.")
+
+
+@hydra.main(version_base="1.3", config_path="sweeps", config_name="config")
+def main(cfg: DictConfig) -> None:
+    from hm.cell import Cell
+    from hm.store import Store
+
+    quiet()
+    hydra_config = HydraConfig.get()
+    try:
+        cell = Cell(settings_of(cfg, list(hydra_config.overrides.task)), Store(store_folder(cfg.runs)))
+        record = cell.run()
+    except UserError as error:
+        if hydra_config.mode is RunMode.MULTIRUN:
+            raise  # the launcher says so, and goes on with the other cells
+        leave(error)
+    ppl = record["metrics"]["ppl"]
+    print(f"{record['study']}/{record['cell']}: validation perplexity {ppl['value']:.2f} ± {ppl.get('stderr', 0):.2f}")
+
+
+def quiet() -> None:
+    """Only our own progress bars: not those of Transformers for each file that it reads."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def leave(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def show_help() -> None:
+    print(__doc__)
+    studies = ", ".join(sorted(p.stem for p in (CONFIGS / "study").glob("*.yaml")))
+    scales = ", ".join(sorted(p.stem for p in (CONFIGS / "scale").glob("*.yaml")))
+    print(f"Studies (+study=): {studies}\nScales (scale=): {scales}\nresults are kept under runs= or HM_RUNS (default: runs)\n\nSettings:")
+    print(help_text())
+    print("\n  --hydra-help lists Hydra's own flags; --cfg job prints the composed settings.")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    if any(a in ("--help", "-h") for a in sys.argv[1:]):
+        show_help()
+        sys.exit()
+    try:
+        check_typed(sys.argv[1:])
+    except UserError as error:
+        leave(error)
+    main()
