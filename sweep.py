@@ -13,24 +13,27 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hm.config import GROUPS, Settings, check_names, from_dict, help_text
 from hm.errors import UserError
+from hm.store import Store
 
 ROOT = Path(__file__).parent
 CONFIGS = ROOT / "sweeps"
 SWEEP_KEYS = ("row", "rows", "runs")
 CHOICES = ("scale", "study")
-
 
 
 @dataclass
@@ -41,7 +44,8 @@ class SweepSettings(Settings):
     rows: dict[str, Any] = field(default_factory=dict)  # a study's rows: name -> the settings that make it
 
 
-ConfigStore.instance().store(name="settings", node=SweepSettings)
+# as plain values: Hydra would answer a wrong type with a text of its own, before from_dict sees it
+ConfigStore.instance().store(name="settings", node=asdict(SweepSettings()))
 OmegaConf.register_new_resolver("row_names", lambda rows: ",".join(f"'{name}'" for name in rows), replace=True)
 
 
@@ -77,24 +81,50 @@ def settings_of(cfg: DictConfig, typed: list[str]) -> Settings:
 
 
 def check_typed(arguments: list[str]) -> None:
-    """Answer a wrong name on the command line with the nearest right one (Hydra would answer with a traceback)."""
-    typed = [a for a in arguments if "=" in a and not a.startswith("-")]
+    """Answer a wrong name on the command line with the nearest right one, and see that the results can be kept.
+
+    Hydra would answer with a traceback.
+
+    Raises:
+        UserError: a name, a study, a scale or a folder that is not there or can't be written.
+    """
+    args = get_args(arguments)
+    folders = [CONFIGS]
+    if args.config_dir:
+        folders.append(Path(args.config_dir))
+        if not folders[-1].is_dir():
+            raise UserError(f"--config-dir={args.config_dir} is no folder; name the one that holds study/NAME.yaml.")
+    for argument in args.overrides:
+        if "=" not in argument and not argument.startswith("~"):
+            raise UserError(f"{argument} is no setting; write NAME=VALUE (python sweep.py --help lists them all).")
+    typed = [a for a in args.overrides if "=" in a]
     keys = [a.split("=")[0].lstrip("+~") for a in typed]
-    check_names([k for k in keys if not k.startswith("hydra") and k not in (*CHOICES, *SWEEP_KEYS)])
+    check_names([k for k in keys if not k.startswith(("hydra.", "hydra/")) and k not in (*CHOICES, *SWEEP_KEYS)])
     for argument, key in zip(typed, keys, strict=True):
         if key in CHOICES:
-            known = sorted(p.stem for p in (CONFIGS / key).glob("*.yaml"))
-            for value in argument.split("=", 1)[1].split(","):
-                if value not in known:
-                    near = difflib.get_close_matches(value, known, n=1)
-                    hint = f"; did you mean {key}={near[0]}?" if near else ""
-                    raise UserError(f"{key}={value} is not known{hint} Known: {', '.join(known)}.")
+            check_choices(argument, key, sorted({p.stem for f in folders for p in (f / key).glob("*.yaml")}))
+    if not (args.cfg or args.info):
+        Store(store_folder(next((a.split("=", 1)[1] for a, k in zip(typed, keys, strict=True) if k == "runs"), None)))
+
+
+def check_choices(argument: str, key: str, known: list[str]) -> None:
+    """Refuse a scale or study that has no file, and a study that Hydra would not run as a sweep over its rows."""
+    typed = argument.split("=", 1)[1]
+    for value in typed.split(","):
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            plus = "+" if key == "study" else ""
+            hint = f"; did you mean {plus}{key}={near[0]}?" if near else ";"
+            raise UserError(f"{key}={value} is not known{hint} Known: {', '.join(known)}.")
+    if key == "study" and "," in typed:
+        raise UserError(f"{argument} names several studies; run them one after the other.")
+    if key == "study" and not argument.startswith("+"):
+        raise UserError(f"{argument} needs a plus before it: write -m +{argument}.")
 
 
 @hydra.main(version_base="1.3", config_path="sweeps", config_name="config")
 def main(cfg: DictConfig) -> None:
     from hm.cell import Cell
-    from hm.store import Store
 
     quiet()
     hydra_config = HydraConfig.get()
@@ -105,8 +135,13 @@ def main(cfg: DictConfig) -> None:
         if hydra_config.mode is RunMode.MULTIRUN:
             raise  # the launcher says so, and goes on with the other cells
         leave(error)
+    print(summary(record))
+
+
+def summary(record: dict) -> str:
+    """A finished cell in one line."""
     ppl = record["metrics"]["ppl"]
-    print(f"{record['study']}/{record['cell']}: validation perplexity {ppl['value']:.2f} ± {ppl.get('stderr', 0):.2f}")
+    return f"{record['study']}/{record['cell']}: validation perplexity {ppl['value']:.2f} ± {ppl.get('stderr', 0):.2f}"
 
 
 def quiet() -> None:
@@ -132,11 +167,15 @@ def show_help() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what goes wrong rather than print it and leave with status 1
     if any(a in ("--help", "-h") for a in sys.argv[1:]):
         show_help()
         sys.exit()
     try:
         check_typed(sys.argv[1:])
+        main()
     except UserError as error:
         leave(error)
-    main()
+    except (HydraException, OmegaConfBaseException) as error:
+        found = " ".join(f"{error} {error.__cause__ or ''}".split())
+        leave(UserError(f"the command line can't be read ({found}); python sweep.py --help shows how to write it."))

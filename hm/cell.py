@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hm.adapters import max_seq_len
@@ -31,6 +30,7 @@ from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
 from hm.ops import resolve_scan
+from hm.progress import progress_bar
 from hm.provenance import provenance
 from hm.store import Store, atomic_write, content_key, to_json
 from hm.teacher import fingerprint, load_config, load_teacher, load_tokenizer
@@ -51,7 +51,8 @@ def check(settings: Settings) -> Settings:
     longest = max_seq_len(config)
     if s.seq_len > longest:
         raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
-    kept_layers(s.keep_attention, config.num_hidden_layers)
+    if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
+        raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
     device = pick_device(s.device)
     resolve_scan(s.scan, device, 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads))
     data_exists(s)
@@ -181,7 +182,7 @@ class Cell:
 
         def build(work: Path) -> None:
             vocab = load_config(self.s.teacher).vocab_size
-            with tqdm(desc="tokenise", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+            with progress_bar(desc="tokenise", unit="B", unit_scale=True) as bar:
                 tokenize(self.spec, self.tokenizer, work, vocab_size=vocab,
                          progress=lambda n, size: bar.update(size - bar.n))  # fmt: skip
 
@@ -208,7 +209,7 @@ class Cell:
         return convert(teacher, "hedgehog" if stage1 else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map, scan=s.scan, seed=s.seed)
 
     def run_of(self, name: str, work: Path, key: str) -> Run:
-        return Run(name, work, key, self.device, self.precision, self.s.checkpoint_every, self.s.log_every)
+        return Run(f"{self.name} {name}", work, key, self.device, self.precision, self.s.checkpoint_every, self.s.log_every)
 
     def stage1(self, teacher: PreTrainedModel) -> Path | None:
         """The artifact with the feature maps that stage 1 learns; None without a stage 1."""

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from hm.progress import progress_bar
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def perplexity(
     model.eval()
     per_sequence: list[Tensor] = []
     lengths: list[Tensor] = []
-    for tokens in tqdm(token_batches, desc=progress, disable=None if progress else True, unit="batch", leave=False):
+    for tokens in progress_bar(token_batches, desc=progress, unit="batch") if progress else token_batches:
         tokens = tokens.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits

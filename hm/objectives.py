@@ -20,8 +20,10 @@ from hm.modeling import StudentForCausalLM
 
 
 class Objective(ABC):
-    """`model`: what is trained; `parameters`: [(name, parameter, is it new)]."""
+    """`model`: what is trained; `parameters`: [(name, parameter, is it new)]; `flags`: what its settings' names begin
+    with, for messages."""
 
+    flags = "stage2."
     model: PreTrainedModel
     parameters: list[tuple[str, nn.Parameter, bool]]
 
@@ -66,6 +68,8 @@ class Align(Objective):
     feed="teacher": each mixer sees the teacher's hidden state at its depth; one teacher pass, then gradients of one
     layer at a time. feed="student": it sees the student's own running hidden state; one backward through all layers.
     """
+
+    flags = "stage1."
 
     def __init__(self, teacher: PreTrainedModel, student: StudentForCausalLM, feed: str = "teacher"):
         self.teacher, self.feed = teacher.eval(), feed
@@ -120,6 +124,7 @@ class FineTune(Objective):
         self.model, self.loss, self.teacher = model, loss, teacher
         self.kl_weight = {"ce": 0.0, "kl": 1.0, "ce+kl": kl_weight}[loss]
         if parameters is not None:
+            self.flags = "--"
             self.parameters = [(n, p, False) for n, p in parameters.named_parameters()]
             return
         chosen = trainable(model, "stage2")

@@ -80,6 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--only-tokens", action="store_true", help="stop after tokenising (to train on another machine)")
+    p.add_argument("--have-tokens", action="store_true", help="train on the shards in the work folder; the text need not be here")
     return p.parse_args(argv)
 
 
@@ -89,11 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     spec = DataSpec(args.data, args.validation)
     work.mkdir(parents=True, exist_ok=True)
     folder = args.tokenizer or work / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
+    if not args.have_tokens and not (folder / "tokenizer.json").exists():
         print(f"training a tokenizer of {args.vocab} entries")
         train_tokenizer(spec, args.vocab).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    if not (work / "tokens" / "index.json").exists():
+    if not args.have_tokens:
         tokenize(spec, tokenizer, work / "tokens", vocab_size=len(tokenizer),
                  progress=lambda n, b: print(f"\rtokenised {n / 1e6:.1f}M tokens", end="", flush=True))  # fmt: skip
         print()
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--tokens={args.tokens} is less than one step of {per_step} tokens; raise it.")
     stage = Stage(lr=args.lr, warmup=0.02, min_lr=0.05, batch_size=args.batch_size)
     settings = {k: str(v) for k, v in vars(args).items()
-                if k not in ("data", "validation", "tokenizer", "out", "work", "device", "only_tokens", "compile")}  # fmt: skip
+                if k not in ("data", "validation", "tokenizer", "out", "work", "device", "only_tokens", "have_tokens", "compile")}  # fmt: skip
     key = content_key({**settings, "tokens_index": (work / "tokens" / "index.json").read_text()})
     run = Run("pretrain", work, key, device, precision, checkpoint_every=500, log_every=20)
     compiled: Any = torch.compile(model) if args.compile else model

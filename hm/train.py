@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hm.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from hm.config import Stage
 from hm.errors import UserError
 from hm.files import atomic_write
-from hm.objectives import Align, Objective
+from hm.objectives import Objective
+from hm.progress import progress_bar
 
 
 class Diverged(UserError):
@@ -39,7 +39,6 @@ class Run:
     precision: str = "fp32"
     checkpoint_every: int = 200
     log_every: int = 10
-    progress: bool = True
 
 
 def learning_rate(step: int, steps: int, stage: Stage) -> float:
@@ -98,10 +97,9 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     per_step *= stage.batch_size
     losses: dict[str, float] = last_losses(log)
     start = time.perf_counter()
-    bar = tqdm(
-        total=steps * per_step, initial=first * per_step, desc=run.name, unit="tok", unit_scale=True,
-        dynamic_ncols=True, disable=None if run.progress else True, mininterval=1.0,
-    )  # fmt: skip
+    bar = progress_bar(
+        total=steps * per_step, initial=first * per_step, desc=run.name, unit="tok", unit_scale=True
+    )
     objective.model.eval()  # a teacher's config may ask for dropout: the student learns what the teacher computes
     with bar, open(log, "a") as out:
         for step in range(first, steps):
@@ -186,10 +184,10 @@ def last_losses(log: Path) -> dict[str, float]:
 
 
 def diverged(objective: Objective, tokens: Tensor, losses: dict, step: int, stage: Stage, run: Run) -> Diverged:
-    group = "stage1" if isinstance(objective, Align) else "stage2"
+    flags = objective.flags
     remedy = ", or try precision=fp32" if run.precision == "bf16" else ""
     return Diverged(
         f"{run.name}: the loss or its gradient is not finite at step {step} (loss {losses['loss']}; "
-        f"{objective.suspect(tokens, losses)}); lower {group}.lr (now {stage.lr:g}) or {group}.lr_new, "
-        f"or lower {group}.clip (now {stage.clip:g}){remedy}."
+        f"{objective.suspect(tokens, losses)}); lower {flags}lr (now {stage.lr:g}) or {flags}lr_new, "
+        f"or lower {flags}clip (now {stage.clip:g}){remedy}."
     )

@@ -1,72 +1,131 @@
-"""The launcher of `python sweep.py -m ...`: every cell is checked before the first one runs, and the table comes last.
+"""The launcher of `python sweep.py -m ...`: checks every cell before the first one runs, runs them, prints the table.
 
 It lies here because Hydra looks for launchers in the package `hydra_plugins` and nowhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
 
 from hm.errors import UserError
 
+MOST_JOBS = 4
+"""Cells at a time on a CPU, unless hydra.launcher.jobs says otherwise: each takes about 1 GB at the tiny scale."""
 
-class LocalLauncher(BasicLauncher):
-    """Runs the cells one after the other in this process."""
+
+class LocalLauncher(Launcher):
+    """Runs cells on this machine, `jobs` at a time: by default one per GPU, or one per core up to 4.
+
+    Cells side by side, each with its share of the cores, use a CPU better than one cell with all of them. What two
+    cells share is computed by the one that claims it first; the other waits (hm/store.py).
+    """
+
+    def __init__(self, jobs: int | None = None):
+        self.jobs = jobs
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Check all cells, run them, name those that failed, print the table. Leaves with status 2 on a wrong
+        """Check all cells, run them, name those that failed, print the tables. Leaves with status 2 on a wrong
         setting and 1 if a cell failed."""
-        from hm.cell import check
-        from sweep import quiet, settings_of
+        from hm.cell import Cell
+        from hm.store import Store
+        from sweep import leave, quiet, settings_of, store_folder
 
         quiet()
-        assert self.hydra_context is not None
-        assert self.config is not None
-        studies: dict[str, None] = {}
+        runs = store_folder(self.config.runs)
+        cells: list[tuple[str, str, dict]] = []
         for overrides in job_overrides:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             OmegaConf.set_readonly(config.hydra, False)
             try:
-                studies[check(settings_of(config, list(overrides))).study] = None
+                settings = settings_of(config, list(overrides))
+                cell = Cell(settings, Store(runs))
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
-        returns: list[JobReturn] = []
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
-            returns += super().launch([overrides], number)
-            if returns[-1].status is JobStatus.FAILED:
-                show_failure(returns[-1])
-        self.print_tables(list(studies))
-        failed = [" ".join(r.overrides or []) for r in returns if r.status is JobStatus.FAILED]
+                leave(error)
+            cells.append((cell.s.study, f"{cell.name} ({' '.join(overrides)})", dataclasses.asdict(settings)))
+        failed = self.run([values for *_, values in cells], runs)
+        for study in dict.fromkeys(study for study, *_ in cells):
+            print_tables(runs, study)
+        for number, why in failed.items():
+            print(f"failed: {cells[number][0]}/{cells[number][1]}: {why}", file=sys.stderr)
         if failed:
-            print(f"{len(failed)} of {len(returns)} cells failed: {'; '.join(failed)}", file=sys.stderr)
+            print(f"{len(failed)} of {len(cells)} cells failed; the same command runs what is missing", file=sys.stderr)
             sys.exit(1)
-        return returns
+        return [JobReturn(overrides=o, status=JobStatus.COMPLETED) for o in job_overrides]
 
-    def print_tables(self, studies: list[str]) -> None:
-        from analysis.make_tables import print_table
-        from sweep import store_folder
+    def run(self, cells: list[dict], runs: str) -> dict[int, str]:
+        """Run all cells; returns the indices of those that failed, each with its error in one line."""
+        import torch
 
-        assert self.config is not None
-        runs = store_folder(self.config.runs)
-        for study in studies:
-            if any((Path(runs) / study).glob("*/record.json")):
-                print()
-                print_table(runs, study)
+        gpus = torch.cuda.device_count()
+        cores = len(os.sched_getaffinity(0))
+        jobs = min(self.jobs or gpus or min(cores, MOST_JOBS), len(cells))
+        context = multiprocessing.get_context("spawn")
+        slots = context.Queue()
+        for slot in range(jobs):
+            slots.put(slot)
+        failed = {}
+        with ProcessPoolExecutor(jobs, context, prepare, (slots, max(1, cores // jobs), gpus)) as pool:
+            futures = [pool.submit(work, values, runs) for values in cells]
+            for number, future in enumerate(futures):
+                try:
+                    error = future.result()
+                except Exception as broken:  # the process itself died: out of memory, killed
+                    error = f"its process died ({type(broken).__name__}: {broken})"
+                if error is not None:
+                    failed[number] = error
+        return failed
 
 
-def show_failure(job: JobReturn) -> None:
-    """The exception of a failed cell: one sentence for a wrong input, the traceback for all else."""
-    error = job._return_value
-    print(f"\nfailed: {' '.join(job.overrides or [])}", file=sys.stderr)
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+def prepare(slots: Any, threads: int, gpus: int) -> None:
+    """Give this worker process its share of the machine and its line for progress bars."""
+    slot = slots.get()
+    os.environ["HM_BAR"] = str(slot)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    import torch
+
+    from sweep import quiet
+
+    torch.set_num_threads(threads)
+    quiet()
+
+
+def work(values: dict, runs: str) -> str | None:
+    """Run one cell; returns what went wrong in one line, or None. A traceback goes to standard error."""
+    from hm.cell import Cell
+    from hm.config import from_dict
+    from hm.store import Store
+    from sweep import summary
+
+    try:
+        print(summary(Cell(from_dict(values), Store(runs)).run()), flush=True)
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def print_tables(runs: str, study: str) -> None:
+    from analysis.make_tables import print_table
+
+    if any((Path(runs) / study).glob("*/record.json")):
+        print()
+        print_table(runs, study)

@@ -25,7 +25,7 @@ def run_in(tmp_path):
     """run_in(name, **changes): a Run with a folder of its own."""
 
     def make(name="run", key="key", **changes):
-        options = {"checkpoint_every": 4, "log_every": 1, "progress": False} | changes
+        options = {"checkpoint_every": 4, "log_every": 1} | changes
         return Run("stage 2", tmp_path / name, key, torch.device("cpu"), **options)
 
     return make

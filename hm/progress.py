@@ -1,0 +1,14 @@
+"""One kind of progress bar for everything that takes time: rate, time left, and gone when it is done."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
+    """A bar on standard error if that is a terminal. Workers side by side each have a line of their own (HM_BAR)."""
+    line = int(os.environ.get("HM_BAR", "0"))
+    return tqdm(iterable, position=line, leave=False, dynamic_ncols=True, mininterval=1.0, disable=None, **options)
