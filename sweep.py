@@ -21,8 +21,8 @@ import hydra
 from hydra._internal.utils import get_args
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,7 +51,7 @@ OmegaConf.register_new_resolver("row_names", lambda rows: ",".join(f"'{name}'" f
 
 def store_folder(runs: str | None) -> str:
     """Where runs and artifacts are kept: runs=, else HM_RUNS, else ./runs."""
-    return runs or os.environ.get("HM_RUNS") or "runs"
+    return str(Path(runs or os.environ.get("HM_RUNS") or "runs").expanduser())
 
 
 OmegaConf.register_new_resolver("store", store_folder, replace=True)
@@ -104,7 +104,8 @@ def check_typed(arguments: list[str]) -> None:
         if key in CHOICES:
             check_choices(argument, key, sorted({p.stem for f in folders for p in (f / key).glob("*.yaml")}))
     if not (args.cfg or args.info):
-        Store(store_folder(next((a.split("=", 1)[1] for a, k in zip(typed, keys, strict=True) if k == "runs"), None)))
+        runs = [OverridesParser.create().parse_override(a).value() for a, k in zip(typed, keys, strict=True) if k == "runs"]
+        Store(store_folder(str(runs[-1]) if runs and runs[-1] else None))
 
 
 def check_choices(argument: str, key: str, known: list[str]) -> None:
@@ -127,13 +128,10 @@ def main(cfg: DictConfig) -> None:
     from hm.cell import Cell
 
     quiet()
-    hydra_config = HydraConfig.get()
+    typed = list(HydraConfig.get().overrides.task)
     try:
-        cell = Cell(settings_of(cfg, list(hydra_config.overrides.task)), Store(store_folder(cfg.runs)))
-        record = cell.run()
+        record = Cell(settings_of(cfg, typed), Store(store_folder(cfg.runs))).run()
     except UserError as error:
-        if hydra_config.mode is RunMode.MULTIRUN:
-            raise  # the launcher says so, and goes on with the other cells
         leave(error)
     print(summary(record))
 

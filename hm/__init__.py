@@ -5,10 +5,13 @@
     student = hm.convert(teacher, mixer="hedgemamba")
     student.save_pretrained("out"); hm.load_student("out")
 
-Names are loaded when they are first used, so that reading records needs no PyTorch.
+Names are loaded when they are first used, so that reading records needs no PyTorch. (`import hm.modeling` makes
+students known to Transformers' Auto classes.)
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -34,3 +37,14 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Importing the module hm.convert does not put it in the place of the function hm.convert."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

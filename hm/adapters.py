@@ -215,7 +215,7 @@ class GPTNeoX(Adapter):
 class LlamaLike(Adapter):
     """Llama and what shares its attention: separate projections, full rotary, grouped key/value heads."""
 
-    model_types = ("llama", "mistral", "qwen2")
+    model_types: tuple[str, ...] = ("llama", "mistral", "qwen2")
 
     def check(self, config: PreTrainedConfig) -> None:
         if _rope(config).get("partial_rotary_factor", 1.0) not in (None, 1.0):

@@ -8,15 +8,20 @@ they belong to, and a cell that is done is found done.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -223,7 +228,8 @@ class Cell:
             batches = Batches(self.train_tokens, s.seq_len, s.stage1.batch_size, s.seed)
             result = train(objective, batches.batch, self.stage1_steps, s.stage1, self.run_of("stage 1", work, key))
             maps = {n: p.detach().cpu().contiguous() for n, p in trainable(student, "stage1")}
-            save_file(maps, work / "feature_maps.safetensors")
+            with saving():
+                save_file(maps, work / "feature_maps.safetensors")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result
 
@@ -268,7 +274,8 @@ class Cell:
                 name = {"two_stage": "stage 2", "one_step": "one step"}.get(s.recipe, "adapt teacher")
                 result = train(objective, batches.batch, self.stage2_steps, s.stage2, self.run_of(name, work, key))
             counts = report(model).counts if isinstance(model, StudentForCausalLM) else adapted_counts(model)
-            model.save_pretrained(work / "model")
+            with saving():
+                model.save_pretrained(work / "model")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result | {"params": counts}
 
@@ -284,7 +291,14 @@ class Cell:
 
             def measure(model: PreTrainedModel, what: str) -> dict:
                 batches = validation_batches(held, s.seq_len, s.eval.batch_size, s.eval.sequences)
-                return perplexity(self.on_device(model), batches, precision=self.precision, bytes_per_token=per_token, progress=what)
+                try:
+                    return perplexity(self.on_device(model), batches, precision=self.precision, bytes_per_token=per_token, progress=what)
+                except UserError:
+                    raise
+                except (ValueError, OverflowError) as error:  # the last steps of training spoilt it, or exp(loss) is too large
+                    stage = "stage2" if self.stage2_steps else "stage1"
+                    remedy = f"lower {stage}.lr (now {getattr(s, stage).lr:g})" if self.training_steps() else "choose precision=fp32"
+                    raise UserError(f"{self.name} {what}: no perplexity can be given ({error}); {remedy}.") from error
 
             if self.untouched:
                 found = measure(self.teacher(), "evaluate")
@@ -370,6 +384,16 @@ class _Timer:
 
     def __exit__(self, *exc: object) -> None:
         self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Raises what safetensors says of a full disk as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
 
 
 def recipe_of(stage: Any) -> dict:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hm.adapters import AttentionShape, apply_rotary
 from hm.config import MIXERS
+from hm.errors import UserError
 from hm.feature_maps import HedgehogFeatureMap
 from hm.ops import linear_recurrence, resolve_scan
 
@@ -190,13 +191,15 @@ class BaseMixer(nn.Module):
     def copy_attention(self, weights: dict[str, Tensor | None]) -> None:
         """Take q, k, v and o from the teacher's attention (`Adapter.split`)."""
 
-        def joined(names: str, kind: str) -> Tensor:
-            return torch.cat([w for n in names if (w := weights[f"{n}_{kind}"]) is not None])
+        def given(names: str, kind: str) -> list[Tensor]:
+            return [w for n in names if (w := weights[f"{n}_{kind}"]) is not None]
 
         for layer, names in ((self.qkv_proj, "qkv"), (self.o_proj, "o")):
-            layer.weight.copy_(joined(names, "weight"))
-            if layer.bias is not None:
-                layer.bias.copy_(joined(names, "bias"))
+            layer.weight.copy_(torch.cat(given(names, "weight")))
+            biases = given(names, "bias")
+            assert bool(biases) == (layer.bias is not None), f"the adapter's shape and its parts differ on biases of {names}"
+            if biases:
+                layer.bias.copy_(torch.cat(biases))
 
     def forward(
         self,
@@ -352,4 +355,7 @@ def register_mixer(name: str, kind: type[BaseMixer], **parts: bool) -> None:
 
 
 def build_mixer(spec: MixerSpec, layer_idx: int) -> BaseMixer:
+    """The mixer of one layer. Raises UserError for a kind that nothing has registered."""
+    if spec.kind not in KINDS:
+        raise UserError(f"mixer={spec.kind} is not registered here; import the file that registers it first (known: {', '.join(KINDS)}).")
     return KINDS[spec.kind](spec, layer_idx)

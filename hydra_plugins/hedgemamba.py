@@ -79,7 +79,8 @@ class LocalLauncher(Launcher):
         for slot in range(jobs):
             slots.put(slot)
         failed = {}
-        with ProcessPoolExecutor(jobs, context, prepare, (slots, max(1, cores // jobs), gpus)) as pool:
+        threads = min(max(1, cores // jobs), int(os.environ.get("OMP_NUM_THREADS") or cores))
+        with ProcessPoolExecutor(jobs, context, prepare, (slots, threads, gpus)) as pool:
             futures = [pool.submit(work, values, runs) for values in cells]
             for number, future in enumerate(futures):
                 try:
