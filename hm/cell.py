@@ -20,21 +20,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hm.adapters import max_seq_len
+from hm.check import check, pick_device
 from hm.config import MIXERS, Settings, human
-from hm.convert import convert, kept_layers, parts_name, report, teacher_counts, trainable
+from hm.convert import convert, parts_name, report, teacher_counts, trainable
 from hm.data import Batches, DataSpec, TokenDataset, spec_fingerprint, tokenize, validation_batches
 from hm.errors import UserError
 from hm.evaluate import perplexity
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
-from hm.ops import resolve_scan
 from hm.progress import progress_bar
 from hm.provenance import provenance
 from hm.store import Store, atomic_write, content_key, to_json
@@ -43,42 +41,6 @@ from hm.train import Run, train
 
 FORMAT = 1
 """Raised when a change of the code changes what a step computes from the same settings."""
-
-
-def check(settings: Settings) -> Settings:
-    """The settings, resolved; everything that can be seen to be wrong before work begins is refused here.
-
-    Raises:
-        UserError: one sentence that names the setting, the value and the remedy.
-    """
-    s = settings.resolve()
-    config = load_config(s.teacher)
-    longest = max_seq_len(config)
-    if s.seq_len > longest:
-        raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
-    if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
-        raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
-    device = pick_device(s.device)
-    resolve_scan(s.scan, device, 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads))
-    data_exists(s)
-    return s
-
-
-def data_exists(s: Settings) -> None:
-    """Refuse a `data` or `validation` that names no text, without reading it."""
-    for name, value in (("data", s.data), ("validation", s.validation)):
-        if value is None:
-            continue
-        for part in (p.strip() for p in value.split(" + ")):
-            built_in = part == "docstrings" or part.startswith("hf:")
-            if not built_in and not any(c in part for c in "*?[") and not Path(part).expanduser().exists():
-                raise UserError(f"{name}={part} is no file or folder here; give a path, hf:<name> or docstrings.")
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but this machine shows PyTorch no GPU; use device=cpu or device=auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class Cell:
@@ -322,17 +284,23 @@ class Cell:
     def timed(self, name: str):
         return _Timer(self.timing, name)
 
+    def done(self) -> dict | None:
+        """The record of this cell in this study, if there is one and force=true doesn't ask for another."""
+        folder = self.store.run_path(self.s.study, self.name, self.key)
+        record = None if self.s.force else self.store.read_record(folder)
+        if record:
+            print(f"{self.s.study}/{self.name}: already done ({folder / 'record.json'}); force=true runs it again", file=sys.stderr)
+        return record
+
     def run(self) -> dict:
         """Do what is missing, write the record into the cell's run folder, and return it."""
         s, started = self.s, provenance()
+        if record := self.done():
+            return record
         folder = self.store.run_dir(s.study, self.name, self.key)
-        done = self.store.read_record(folder)
-        if done and not s.force:
-            print(f"{s.study}/{self.name}: already done ({folder / 'record.json'}); force=true runs it again", file=sys.stderr)
-            return done
         if s.force:
             self.forget()
-            folder = self.store.next_run_dir(s.study, self.name, self.key) if done else folder
+            folder = self.store.next_run_dir(s.study, self.name, self.key) if self.store.read_record(folder) else folder
         print(f"\n{s.study}/{self.name}: {self.summary()}", file=sys.stderr)
         atomic_write(folder / "config.yaml", flat_yaml(self.described()))
         atomic_write(folder / "provenance.json", to_json(started, indent=1))

@@ -226,7 +226,8 @@ def split_tokens(s: Settings) -> tuple[int, int, int]:
     """Any two of budget, stage1_tokens and stage2_tokens give the third; three that disagree are an error.
 
     Returns (budget, stage1_tokens, stage2_tokens). One-step cells spend the whole budget in one go, which is counted
-    as stage 2; the untouched teacher spends nothing; the adapted teacher spends what stage 2 would.
+    as stage 2; the untouched teacher spends nothing; the adapted teacher passes over
+    stage 1's tokens and is trained on stage 2's.
     """
     if s.recipe == "teacher":
         return 0, 0, 0
@@ -267,8 +268,6 @@ def split_tokens(s: Settings) -> tuple[int, int, int]:
             f"{big}={getattr(s, big)} is more than the budget of {human(budget)} tokens; "  # type: ignore[arg-type]
             f"raise budget= or lower {big}=."
         )
-    if s.recipe == "adapted_teacher":
-        return two, 0, two
     return budget, one, two  # type: ignore[return-value]
 
 

@@ -156,21 +156,22 @@ class Store:
 
     # runs
 
-    def _run_path(self, study: str, cell: str, key: str) -> Path:
+    def run_path(self, study: str, cell: str, key: str) -> Path:
+        """Where the run lies or would lie; nothing is made."""
         if study == "artifacts":
             raise UserError("study 'artifacts' is the name of the store's own folder: choose another")
         return self.root / _name(study, "study") / f"{_name(cell, 'cell')}-{_name(key, 'key')}"
 
     def run_dir(self, study: str, cell: str, key: str) -> Path:
         """The folder of one run, made if absent."""
-        folder = self._run_path(study, cell, key)
+        folder = self.run_path(study, cell, key)
         with disk_errors(folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def next_run_dir(self, study: str, cell: str, key: str) -> Path:
         """A new, empty folder beside the cell's earlier runs: <cell>-<key>, <cell>-<key>.2, and so on."""
-        first, n = self._run_path(study, cell, key), 1
+        first, n = self.run_path(study, cell, key), 1
         while True:
             folder = first if n == 1 else first.with_name(f"{first.name}.{n}")
             try:

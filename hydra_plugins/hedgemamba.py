@@ -47,28 +47,30 @@ class LocalLauncher(Launcher):
 
         quiet()
         runs = store_folder(self.config.runs)
-        cells: list[tuple[str, str, dict]] = []
+        cells: list[tuple[str, str, bool, dict]] = []
         for overrides in job_overrides:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             OmegaConf.set_readonly(config.hydra, False)
             try:
                 settings = settings_of(config, list(overrides))
                 cell = Cell(settings, Store(runs))
+                done = cell.done() is not None
             except UserError as error:
                 leave(error)
-            cells.append((cell.s.study, f"{cell.name} ({' '.join(overrides)})", dataclasses.asdict(settings)))
-        failed = self.run([values for *_, values in cells], runs)
-        for study in dict.fromkeys(study for study, *_ in cells):
+            cells.append((f"{cell.s.study}/{cell.name} ({' '.join(overrides)})", cell.s.study, done, dataclasses.asdict(settings)))
+        missing = {name: values for name, _, done, values in cells if not done}
+        failed = self.run(missing, runs) if missing else {}
+        for study in dict.fromkeys(study for _, study, *_ in cells):
             print_tables(runs, study)
-        for number, why in failed.items():
-            print(f"failed: {cells[number][0]}/{cells[number][1]}: {why}", file=sys.stderr)
+        for name, why in failed.items():
+            print(f"failed: {name}: {why}", file=sys.stderr)
         if failed:
             print(f"{len(failed)} of {len(cells)} cells failed; the same command runs what is missing", file=sys.stderr)
             sys.exit(1)
         return [JobReturn(overrides=o, status=JobStatus.COMPLETED) for o in job_overrides]
 
-    def run(self, cells: list[dict], runs: str) -> dict[int, str]:
-        """Run all cells; returns the indices of those that failed, each with its error in one line."""
+    def run(self, cells: dict[str, dict], runs: str) -> dict[str, str]:
+        """Run all cells; returns the names of those that failed, each with its error in one line."""
         import torch
 
         gpus = torch.cuda.device_count()
@@ -81,14 +83,14 @@ class LocalLauncher(Launcher):
         failed = {}
         threads = min(max(1, cores // jobs), int(os.environ.get("OMP_NUM_THREADS") or cores))
         with ProcessPoolExecutor(jobs, context, prepare, (slots, threads, gpus)) as pool:
-            futures = [pool.submit(work, values, runs) for values in cells]
-            for number, future in enumerate(futures):
+            futures = {name: pool.submit(work, values, runs) for name, values in cells.items()}
+            for name, future in futures.items():
                 try:
                     error = future.result()
                 except Exception as broken:  # the process itself died: out of memory, killed
                     error = f"its process died ({type(broken).__name__}: {broken})"
                 if error is not None:
-                    failed[number] = error
+                    failed[name] = error
         return failed
 
 

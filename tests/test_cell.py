@@ -328,6 +328,12 @@ def test_the_untouched_teacher_is_evaluated_and_nothing_is_trained(cell, trained
     assert record["key"] == cell(recipe="teacher", seed=6, mixer="ssm").key, "nothing about it is drawn"
 
 
+def test_the_adapted_teacher_sees_the_text_that_stage_2_sees(cell):
+    student, adapted = cell(stage1_tokens="50%"), cell(stage1_tokens="50%", recipe="adapted_teacher")
+    assert adapted.first_block == student.first_block > 0
+    assert (adapted.stage1_steps, adapted.stage2_steps) == (0, student.stage2_steps)
+
+
 def test_the_adapted_teacher_spends_what_stage_2_would_and_keeps_its_architecture(cell, trained, files):
     made = cell(recipe="adapted_teacher")
     record = made.run()

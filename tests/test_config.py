@@ -161,9 +161,9 @@ def test_a_stage_larger_than_the_budget_is_refused_by_its_name(name):
         ("one_step", {"stage2_tokens": "5M"}, (5_000_000, 0, 5_000_000)),
         ("one_step", {"budget": "20M", "stage1_tokens": 0}, (20_000_000, 0, 20_000_000)),
         ("one_step", {}, (500_000, 0, 500_000)),
-        ("adapted_teacher", {"budget": "20M"}, (18_000_000, 0, 18_000_000)),
-        ("adapted_teacher", {"budget": "20M", "stage1_tokens": "50%"}, (10_000_000, 0, 10_000_000)),
-        ("adapted_teacher", {"stage2_tokens": "5M", "stage1_tokens": "1M"}, (5_000_000, 0, 5_000_000)),
+        ("adapted_teacher", {"budget": "20M"}, (20_000_000, 2_000_000, 18_000_000)),
+        ("adapted_teacher", {"budget": "20M", "stage1_tokens": "50%"}, (20_000_000, 10_000_000, 10_000_000)),
+        ("adapted_teacher", {"stage2_tokens": "5M", "stage1_tokens": "1M"}, (6_000_000, 1_000_000, 5_000_000)),
     ],
 )
 def test_the_other_recipes_spend_what_they_should(recipe, typed, expected):

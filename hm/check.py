@@ -1,0 +1,53 @@
+"""What can be seen to be wrong with a cell on the machine where the command is typed, before any work begins.
+
+`Settings.resolve` checks what the settings alone say; here they meet the teacher's config, the machine and the disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hm.adapters import adapter_for, max_seq_len
+from hm.config import Settings
+from hm.convert import kept_layers
+from hm.errors import UserError
+from hm.ops import resolve_scan
+from hm.teacher import load_config
+
+
+def check(settings: Settings) -> Settings:
+    """The settings, resolved; everything that can be seen to be wrong before work begins is refused here.
+
+    Raises:
+        UserError: one sentence that names the setting, the value and the remedy.
+    """
+    s = settings.resolve()
+    config = load_config(s.teacher)
+    longest = max_seq_len(config)
+    if s.seq_len > longest:
+        raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
+    if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
+        raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
+    device = pick_device(s.device)
+    resolve_scan(s.scan, device, 2 * adapter_for(config).shape(config).head_dim)
+    data_exists(s)
+    return s
+
+
+def data_exists(s: Settings) -> None:
+    """Refuse a `data` or `validation` that names no text, without reading it."""
+    for name, value in (("data", s.data), ("validation", s.validation)):
+        if value is None:
+            continue
+        for part in (p.strip() for p in value.split(" + ")):
+            built_in = part == "docstrings" or part.startswith("hf:")
+            if not built_in and not any(c in part for c in "*?[") and not Path(part).expanduser().exists():
+                raise UserError(f"{name}={part} is no file or folder here; give a path, hf:<name> or docstrings.")
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine shows PyTorch no GPU; use device=cpu or device=auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
