@@ -58,10 +58,10 @@ OmegaConf.register_new_resolver("store", store_folder, replace=True)
 
 
 def settings_of(cfg: DictConfig, typed: list[str]) -> Settings:
-    """The settings of one cell: defaults, scale and study, then its row's own, then what was typed.
+    """The settings of one cell: defaults, scale and study, then what was typed, then its row's own.
 
     Raises:
-        UserError: a row that the study doesn't have, or a typed setting that the row itself decides.
+        UserError: a row that the study doesn't have, or a typed setting that the study's rows differ in.
     """
     own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
     plain: dict[str, Any] = OmegaConf.to_container(own, resolve=True)  # type: ignore[assignment]
@@ -73,7 +73,8 @@ def settings_of(cfg: DictConfig, typed: list[str]) -> Settings:
             raise UserError(f"row={row} is not in this study{f'; did you mean {near[0]}?' if near else ''} Known: {', '.join(rows)}.")
         names = {o.split("=")[0].lstrip("+~") for o in typed}
         for name, value in rows[row].items():
-            if name in names:
+            deciding = [r for r, own_settings in rows.items() if name in own_settings]
+            if name in names and len(deciding) > 1:
                 raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
         flat = {f"{g}.{k}": v for g in GROUPS for k, v in plain.pop(g).items()}
         plain = plain | flat | rows[row]
@@ -98,6 +99,9 @@ def check_typed(arguments: list[str]) -> None:
         if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument} is no setting; write NAME=VALUE (python sweep.py --help lists them all).")
     typed = [a for a in args.overrides if "=" in a]
+    study = next((a for a in typed if a.startswith("+study=")), None)
+    if study and not (args.multirun or args.cfg or args.info or any(a.startswith("row=") for a in typed)):
+        raise UserError(f"{study} is a sweep over its rows; add -m, or choose one of them with row=.")
     keys = [a.split("=")[0].lstrip("+~") for a in typed]
     check_names([k for k in keys if not k.startswith(("hydra.", "hydra/")) and k not in (*CHOICES, *SWEEP_KEYS)])
     for argument, key in zip(typed, keys, strict=True):
@@ -160,6 +164,7 @@ def show_help() -> None:
     scales = ", ".join(sorted(p.stem for p in (CONFIGS / "scale").glob("*.yaml")))
     print(f"Studies (+study=): {studies}\nScales (scale=): {scales}\nresults are kept under runs= or HM_RUNS (default: runs)\n\nSettings:")
     print(help_text())
+    print(f"\nThe default scale sets:\n{(CONFIGS / 'scale' / 'tiny.yaml').read_text().partition('scale: tiny')[2]}")
     print("\n  --hydra-help lists Hydra's own flags; --cfg job prints the composed settings.")
 
 

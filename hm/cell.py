@@ -12,7 +12,6 @@ import errno
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,8 @@ from hm.evaluate import perplexity
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
-from hm.progress import progress_bar
+from hm.ops import resolve_scan
+from hm.progress import progress_bar, say
 from hm.provenance import provenance
 from hm.store import Store, atomic_write, content_key, to_json
 from hm.teacher import fingerprint, load_config, load_teacher, load_tokenizer
@@ -52,7 +52,7 @@ class Cell:
         self.precision = self.s.precision
         if self.precision == "auto":
             self.precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.spec = DataSpec(self.s.data, self.s.validation)
+        self.spec = DataSpec(self.s.data, self.s.validation, self.s.text_key, validation_fraction=self.s.validation_fraction)
         self.untouched = self.s.recipe == "teacher"
         self.is_student = self.s.recipe in ("two_stage", "one_step")
         self.stage1_steps = self._steps("stage1") if self.s.recipe == "two_stage" else 0
@@ -137,9 +137,9 @@ class Cell:
             parts = (bool(s.ssm), bool(s.conv), bool(s.gate))
             mixer = s.mixer if KINDS[s.mixer] is not Mixer else named.get(parts, self.parts.strip("+").replace("+", "_"))
             base = f"{mixer}-{share:.3g}-{100 - share:.3g}"
-            base += "-hybrid" if s.keep_attention else ""
         else:
             base = s.recipe
+        base += "-hybrid" if self.is_student and s.keep_attention else ""
         return base if self.untouched else f"{base}-s{s.seed}"
 
     # --- steps
@@ -159,6 +159,14 @@ class Cell:
     @cached_property
     def train_tokens(self) -> TokenDataset:
         return TokenDataset(self.tokens(), "train")
+
+    def enough_text(self) -> None:
+        """Refuse text that is too short for a batch of any stage, or for evaluation, before anything is trained."""
+        s = self.s
+        for stage, steps in ((s.stage1, self.stage1_steps), (s.stage2, self.stage2_steps)):
+            if steps:
+                Batches(self.train_tokens, s.seq_len, stage.batch_size, s.seed)
+        next(validation_batches(TokenDataset(self.tokens(), "validation"), s.seq_len, 1, 1))
 
     def teacher(self) -> PreTrainedModel:
         return self.on_device(load_teacher(self.s.teacher))
@@ -224,7 +232,7 @@ class Cell:
             model = self.converted(teacher)
             result: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0}
             if isinstance(model, StudentForCausalLM):
-                print(report(model), file=sys.stderr)
+                say(str(report(model)))
                 model.config.recipe = self.described()
             if self.stage2_steps:
                 distils = s.stage2.loss != "ce"
@@ -252,7 +260,7 @@ class Cell:
             per_token = held.text_bytes / len(held)
 
             def measure(model: PreTrainedModel, what: str) -> dict:
-                batches = validation_batches(held, s.seq_len, s.eval.batch_size, s.eval.sequences)
+                batches = list(validation_batches(held, s.seq_len, s.eval.batch_size, s.eval.sequences))
                 try:
                     return perplexity(self.on_device(model), batches, precision=self.precision, bytes_per_token=per_token, progress=what)
                 except UserError:
@@ -289,7 +297,7 @@ class Cell:
         folder = self.store.run_path(self.s.study, self.name, self.key)
         record = None if self.s.force else self.store.read_record(folder)
         if record:
-            print(f"{self.s.study}/{self.name}: already done ({folder / 'record.json'}); force=true runs it again", file=sys.stderr)
+            say(f"{self.s.study}/{self.name}: already done ({folder / 'record.json'}); force=true runs it again")
         return record
 
     def run(self) -> dict:
@@ -301,10 +309,10 @@ class Cell:
         if s.force:
             self.forget()
             folder = self.store.next_run_dir(s.study, self.name, self.key) if self.store.read_record(folder) else folder
-        print(f"\n{s.study}/{self.name}: {self.summary()}", file=sys.stderr)
+        say(f"{s.study}/{self.name}: {self.summary()}")
         atomic_write(folder / "config.yaml", flat_yaml(self.described()))
         atomic_write(folder / "provenance.json", to_json(started, indent=1))
-        self.tokens()
+        self.enough_text()
         metrics = json.loads((self.evaluate() / "metrics.json").read_text())
         results = {k: self.store.read_json(k, key)["result"] for k, key in self.training_steps()}
         write_log(folder / "metrics.jsonl", [(k, self.store.path(k, key) / "metrics.jsonl") for k, key in self.training_steps()])
@@ -319,6 +327,7 @@ class Cell:
             "peak_memory": {k: r.get("peak_memory") for k, r in results.items()},
             "provenance": {**provenance(), "started": started["started"], "data": spec_fingerprint(self.spec),
                            "teacher": fingerprint(s.teacher), "precision": self.precision, "device_type": self.device.type,
+                           "scan": resolve_scan(s.scan, self.device, 0),
                            "artifacts": {"tokens": self.tokens_key, **dict(self.training_steps()), "eval": self.key}},
         }  # fmt: skip
         self.store.write_record(folder, record)
@@ -330,8 +339,10 @@ class Cell:
     def forget(self) -> None:
         """Drop this cell's own results, so that they are computed again; what it shares (tokens, stage 1) stays."""
         for kind, key in (("student", self.student_key), ("eval", self.key)):
-            if key and self.store.has(kind, key):
-                shutil.rmtree(self.store.path(kind, key))
+            if key:
+                final = self.store.path(kind, key)
+                for folder in (final, *final.parent.glob(f".{key}.work-*")):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def summary(self) -> str:
         s = self.s

@@ -31,7 +31,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "seq_len": (2, math.inf), "checkpoint_every": (1, math.inf),
     "log_every": (1, math.inf), "sequences": (1, math.inf), "batch_size": (1, math.inf), "warmup": (0, 1),
     "min_lr": (0, 1), "kl_weight": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.99999),
-    "weight_decay": (0, math.inf), "clip": (0, math.inf),
+    "weight_decay": (0, math.inf), "clip": (0, math.inf), "validation_fraction": (1e-9, 0.5),
 }  # fmt: skip
 """What a number may be, by the setting's last name."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -102,7 +102,7 @@ class Settings:
     """What a user may type. `resolve()` turns it into what is run."""
 
     scale: str = setting("tiny", "the scale that the defaults come from (a file of sweeps/scale/)", "smollm2")
-    study: str = setting("default", "name of the study that the records are filed under", "mixer")
+    study: str = setting("default", "name of the study that the records are filed under; -m +study=NAME sets it", "mixer")
     row: str | None = setting(None, "row of the study's table that this cell fills", "hedgemamba")
     teacher: str = setting("tiny", "tiny, smollm2, a hub id, a folder, or a .gguf file", "EleutherAI/pythia-1b")
     recipe: str = setting("two_stage", "how the cell is trained", "one_step", RECIPES)
@@ -117,6 +117,8 @@ class Settings:
     seed: int = setting(0, "seed of new parameters and of the data's order", "1")
     data: str = setting("docstrings", "docstrings, a file, folder or glob of text, or hf:<name>", "hf:openwebtext")
     validation: str | None = setting(None, "own validation text; null: a document-disjoint part of data", "val.jsonl.xz")
+    text_key: str = setting("text", "the key or column of JSON lines and datasets that holds the text", "content")
+    validation_fraction: float = setting(0.005, "part of the documents held out where validation is null", "0.01")
     seq_len: int = setting(256, "tokens per sequence", "1024")
     keep_attention: Any = setting(None, "layers that keep attention: every n-th, or a list; null: none", "[3,7,11]")
     scan: str = setting("auto", "back end of the recurrence", "chunked", ("auto", "ssd", "chunked", "recurrent", "naive"))
@@ -355,7 +357,8 @@ def help_text() -> str:
         choices = f.metadata.get("choices")
         lines.append(f"  {name:<27}{f.metadata['help']}")
         also = f"  one of: {', '.join(choices)}" if choices else ""
-        lines.append(f"  {'':<27}  default: {shown}   example: {name}={f.metadata['example']}{also}")
+        example = f"{'+' if name == 'study' else ''}{name}={f.metadata['example']}"
+        lines.append(f"  {'':<27}  default: {shown}   example: {example}{also}")
     return "\n".join(lines)
 
 

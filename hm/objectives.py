@@ -6,7 +6,9 @@ that stage 1 can go back through one layer at a time.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +39,8 @@ class Objective(ABC):
             if isinstance(module, SelectiveDecay):
                 module.project_gradient()
 
-    def suspect(self, tokens: Tensor, losses: dict[str, float]) -> str:
-        """Where a non-finite loss comes from, in words."""
+    def suspect(self, chunks: Sequence[Tensor], losses: dict[str, float]) -> str:
+        """Where the non-finite loss of a step comes from, in words; chunks: the step's micro-batches (b, L + 1)."""
         layers = adapter_for(getattr(self.model, "backbone", self.model).config).layers(
             getattr(self.model, "backbone", self.model)
         )
@@ -55,7 +57,8 @@ class Objective(ABC):
         handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
         try:
             with torch.no_grad():
-                self.model(input_ids=tokens[:, :-1])
+                for tokens in chunks:
+                    self.model(input_ids=tokens[:, :-1])
         finally:
             for handle in handles:
                 handle.remove()
@@ -104,8 +107,8 @@ class Align(Objective):
         by_layer = {f"layer.{m.layer_idx}": loss for m, loss in zip(mixers, losses, strict=True)}
         return {"loss": torch.stack(losses).mean(), **by_layer}
 
-    def suspect(self, tokens: Tensor, losses: dict[str, float]) -> str:
-        bad = [name.split(".")[1] for name, value in losses.items() if name.startswith("layer.") and value != value]
+    def suspect(self, chunks: Sequence[Tensor], losses: dict[str, float]) -> str:
+        bad = [name.split(".")[1] for name, value in losses.items() if name.startswith("layer.") and not math.isfinite(value)]
         return f"the alignment loss of layer {bad[0]} is the first that is not finite" if bad else "no layer stands out"
 
 

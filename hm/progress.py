@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from tqdm import tqdm
@@ -12,3 +13,8 @@ def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
     """A bar on standard error if that is a terminal. Workers side by side each have a line of their own (HM_BAR)."""
     line = int(os.environ.get("HM_BAR", "0"))
     return tqdm(iterable, position=line, leave=False, dynamic_ncols=True, mininterval=1.0, disable=None, **options)
+
+
+def say(text: str) -> None:
+    """A line on standard error that does not run into a bar."""
+    tqdm.write(text, file=sys.stderr)

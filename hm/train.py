@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
 
     Returns:
         {"steps", "tokens", "seconds", "tokens_per_second", "final_loss", "peak_memory"}: seconds of training alone,
-        peak_memory in bytes (None on a CPU).
+        peak_memory in bytes: of the GPU, or the peak resident memory of this process on a CPU.
 
     Raises:
         Diverged: when the loss is not finite.
@@ -119,7 +120,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
             if logged or not finite:
                 losses = {name: float(value) for name, value in found.items()}
             if not finite:
-                raise diverged(objective, tokens, losses, step, stage, run)
+                raise diverged(objective, tokens.split(micro), losses, step, stage, run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update(per_step)
@@ -141,7 +142,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
         "seconds": seconds,
         "tokens_per_second": steps * per_step / max(seconds, 1e-9),
         "final_loss": losses.get("loss"),
-        "peak_memory": torch.cuda.max_memory_allocated(run.device) if cuda else None,
+        "peak_memory": torch.cuda.max_memory_allocated(run.device) if cuda else peak_resident_memory(),
     }
 
 
@@ -183,11 +184,18 @@ def last_losses(log: Path) -> dict[str, float]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def diverged(objective: Objective, tokens: Tensor, losses: dict, step: int, stage: Stage, run: Run) -> Diverged:
+def diverged(objective: Objective, chunks: Sequence[Tensor], losses: dict, step: int, stage: Stage, run: Run) -> Diverged:
     flags = objective.flags
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        where = objective.suspect(chunks, losses)
     remedy = ", or try precision=fp32" if run.precision == "bf16" else ""
     return Diverged(
         f"{run.name}: the loss or its gradient is not finite at step {step} (loss {losses['loss']}; "
-        f"{objective.suspect(tokens, losses)}); lower {flags}lr (now {stage.lr:g}) or {flags}lr_new, "
+        f"{where}); lower {flags}lr (now {stage.lr:g}) or {flags}lr_new, "
         f"or lower {flags}clip (now {stage.clip:g}){remedy}."
     )
+
+
+def peak_resident_memory() -> int:
+    """Bytes; Linux gives kilobytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,6 +9,8 @@ import dataclasses
 import multiprocessing
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +20,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from hm.errors import UserError
 
@@ -107,6 +110,14 @@ def prepare(slots: Any, threads: int, gpus: int) -> None:
 
     torch.set_num_threads(threads)
     quiet()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """End this worker when the sweep that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def work(values: dict, runs: str) -> str | None:
@@ -117,7 +128,7 @@ def work(values: dict, runs: str) -> str | None:
     from sweep import summary
 
     try:
-        print(summary(Cell(from_dict(values), Store(runs)).run()), flush=True)
+        tqdm.write(summary(Cell(from_dict(values), Store(runs)).run()))
     except UserError as error:
         return str(error)
     except Exception as error:

@@ -446,6 +446,39 @@ def test_a_student_that_the_last_step_spoilt_has_no_record(cell, tmp_path, rate,
 # --- what is damaged on disk
 
 
+def test_validation_text_that_is_too_short_is_refused_before_anything_is_trained(cell, trained, tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(UserError, match="less than one block of seq_len"):
+        cell(validation=str(tmp_path / "short.txt")).run()
+    assert trained.names == []
+
+
+def test_text_may_stand_under_another_key(cell, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"content": f"{i} " + "word " * 100}) + "\n" for i in range(40)))
+    made = cell(data=str(text), validation=None, text_key="content", validation_fraction=0.2)
+    assert TokenDataset(made.tokens(), "train").num_documents > 0
+    with pytest.raises(UserError, match="text_key="):
+        cell(data=str(text), validation=None).tokens()
+
+
+def test_a_hybrid_is_called_one(cell):
+    assert cell(recipe="one_step", stage1_tokens=None, keep_attention=2).name == "one_step-hybrid-s0"
+    assert cell(row="mine", keep_attention=2).name == "mine-hybrid-s0"
+
+
+def test_force_does_not_go_on_from_an_interrupted_run(cell, trained):
+    trained.stop_at = ("stage 2", 2)
+    made = cell(checkpoint_every=1)
+    with pytest.raises(Stopped):
+        made.run()
+    trained.stop_at = None
+    assert list(made.store.path("student", made.student_key).parent.glob(".*work*"))
+    forced = cell(checkpoint_every=1, force=True)
+    forced.forget()
+    assert not list(forced.store.path("student", forced.student_key).parent.glob(".*work*"))
+
+
 def test_a_truncated_token_shard_is_named_and_not_trained_on(cell, trained):
     made = cell()
     shard = made.tokens() / "train-00000.bin"

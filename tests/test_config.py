@@ -372,7 +372,7 @@ def test_the_help_lists_every_setting_with_its_default_its_choices_and_an_exampl
         line, below = text.splitlines()[head : head + 2]
         assert f.metadata["help"] in line
         assert f"default: {shown} " in below
-        assert f"example: {name}={f.metadata['example']}" in below
+        assert f"example: {'+' if name == 'study' else ''}{name}={f.metadata['example']}" in below
         assert all(choice in below for choice in f.metadata["choices"] or ())
     assert len(text.splitlines()) == 2 * len(names())
 

@@ -254,7 +254,7 @@ def test_fine_tuning_names_the_first_layer_whose_output_is_not_finite(kind, laye
     student = convert(make_teacher(kind, num_hidden_layers=3))
     with torch.no_grad():
         student.mixers[layer].o_proj.weight[0, 0] = math.inf
-    assert f"layer {layer} is the first" in FineTune(student).suspect(ids(1, 9), {})
+    assert f"layer {layer} is the first" in FineTune(student).suspect([ids(1, 9)], {})
 
 
 def test_alignment_names_the_first_layer_whose_loss_is_not_finite(make_teacher, ids):
@@ -265,9 +265,9 @@ def test_alignment_names_the_first_layer_whose_loss_is_not_finite(make_teacher, 
         student.mixers[2].phi_q.weight.fill_(math.nan)
     objective, tokens = Align(teacher, student), ids(1, 9)
     losses = {n: v.item() for n, v in objective.backward(tokens, 1.0).items()}
-    assert "layer 1 is the first" in objective.suspect(tokens, losses)
+    assert "layer 1 is the first" in objective.suspect([tokens], losses)
 
 
 def test_a_finite_model_is_not_blamed(make_teacher, ids):
     student = convert(make_teacher("neox"))
-    assert "every layer's output is finite" in FineTune(student).suspect(ids(1, 9), {})
+    assert "every layer's output is finite" in FineTune(student).suspect([ids(1, 9)], {})

@@ -227,6 +227,12 @@ def test_a_study_may_lie_outside_the_repository(sweep, small, tmp_path):
 # --- a wrong command line
 
 
+def test_a_study_without_m_is_not_taken_for_its_first_row(sweep, small):
+    found = sweep(*small, "budget=160", "+study=mixer")
+    assert found.status == 2
+    assert "+study=mixer is a sweep over its rows; add -m, or choose one of them with row=." in found.lines[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -315,7 +321,7 @@ def test_help_explains_every_setting_with_default_and_example(sweep):
     assert found.status == 0
     text = found.out[found.out.index("Settings:") :]
     for name, field in names().items():
-        match = re.search(rf"^  {re.escape(name)}\s+(\S.*)\n\s+default: \S+.*example: {re.escape(name)}=(\S+)", text, re.M)
+        match = re.search(rf"^  {re.escape(name)}\s+(\S.*)\n\s+default: \S+.*example: \+?{re.escape(name)}=(\S+)", text, re.M)
         assert match, name
         assert match[1] == field.metadata["help"]
     for name in (*STUDIES, *SCALES):

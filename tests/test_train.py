@@ -65,7 +65,7 @@ class Quadratic(Objective):
         (loss * scale).backward()
         return {"loss": loss.detach()}
 
-    def suspect(self, tokens, losses):
+    def suspect(self, chunks, losses):
         return "the only layer"
 
 
@@ -396,4 +396,4 @@ def test_the_log_has_every_nth_step_and_the_last(objectives, run_in, batches):
     assert [line["step"] for line in lines(run)] == [0, 3, 6, 7]
     assert [line["tokens"] for line in lines(run)] == [68, 272, 476, 544]
     assert found["final_loss"] == lines(run)[-1]["loss"]
-    assert found["peak_memory"] is None
+    assert found["peak_memory"] > 10**7  # this process, on a CPU
