@@ -8,18 +8,13 @@ they belong to, and a cell that is done is found done.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -29,6 +24,7 @@ from hm.convert import convert, parts_name, report, teacher_counts, trainable
 from hm.data import Batches, DataSpec, TokenDataset, spec_fingerprint, tokenize, validation_batches
 from hm.errors import UserError
 from hm.evaluate import perplexity
+from hm.files import weight_errors
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
@@ -198,7 +194,7 @@ class Cell:
             batches = Batches(self.train_tokens, s.seq_len, s.stage1.batch_size, s.seed)
             result = train(objective, batches.batch, self.stage1_steps, s.stage1, self.run_of("stage 1", work, key))
             maps = {n: p.detach().cpu().contiguous() for n, p in trainable(student, "stage1")}
-            with saving():
+            with weight_errors():
                 save_file(maps, work / "feature_maps.safetensors")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result
@@ -244,7 +240,7 @@ class Cell:
                 name = {"two_stage": "stage 2", "one_step": "one step"}.get(s.recipe, "adapt teacher")
                 result = train(objective, batches.batch, self.stage2_steps, s.stage2, self.run_of(name, work, key))
             counts = report(model).counts if isinstance(model, StudentForCausalLM) else adapted_counts(model)
-            with saving():
+            with weight_errors():
                 model.save_pretrained(work / "model")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result | {"params": counts}
@@ -310,7 +306,7 @@ class Cell:
             self.forget()
             folder = self.store.next_run_dir(s.study, self.name, self.key) if self.store.read_record(folder) else folder
         say(f"{s.study}/{self.name}: {self.summary()}")
-        atomic_write(folder / "config.yaml", flat_yaml(self.described()))
+        atomic_write(folder / "config.yaml", to_yaml(self.described()))
         atomic_write(folder / "provenance.json", to_json(started, indent=1))
         self.enough_text()
         metrics = json.loads((self.evaluate() / "metrics.json").read_text())
@@ -365,16 +361,6 @@ class _Timer:
         self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start
 
 
-@contextmanager
-def saving() -> Iterator[None]:
-    """Raises what safetensors says of a full disk as the OSError that it is."""
-    try:
-        yield
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
-
-
 def recipe_of(stage: Any) -> dict:
     """A stage's settings that determine its result (how a batch is cut up for memory does not)."""
     return {k: v for k, v in dataclasses.asdict(stage).items() if k != "micro_batch"}
@@ -395,8 +381,8 @@ def write_log(path: Path, logs: list[tuple[str, Path]]) -> None:
     atomic_write(path, "".join(line + "\n" for line in lines))
 
 
-def flat_yaml(settings: dict) -> str:
-    """Settings as YAML that `python sweep.py --config-path` or a person can read."""
+def to_yaml(settings: dict) -> str:
+    """Settings as YAML, for people."""
     import yaml
 
     return yaml.safe_dump(settings, sort_keys=False)

@@ -4,7 +4,6 @@
     <folder>/step-000123/checkpoint.json         format, step, key, state, tied names, the other's sha256
 """
 
-import errno
 import json
 import os
 import re
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hm.errors import UserError
-from hm.store import atomic_write, disk_errors, file_sha256, fsync_dir, to_json
+from hm.files import atomic_write, disk_errors, file_sha256, fsync_dir, to_json, weight_errors
 
 FORMAT = 1
 
@@ -137,11 +135,8 @@ def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
+    with weight_errors():
         save_file(tensors, path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,7 +193,7 @@ def parts_name(spec: dict) -> str:
     return "+" + "+".join(on) if on else "hedgehog"
 
 
-def teacher_counts(model: PreTrainedModel, names: Iterable[str] = ()) -> dict:
+def teacher_counts(model: PreTrainedModel) -> dict:
     """Parameter counts of a teacher in the form of `Report.counts`."""
     frozen = {id(p) for _, p in embeddings(model)}
     total = sum(p.numel() for p in model.parameters())
