@@ -101,6 +101,8 @@ class Cell:
                 what["mamba"] = vars(s.mamba)
             elif KINDS[s.mixer] is Mixer:  # its name says no more than its parts
                 del what["mixer"]
+            if s.decay != "head":
+                what["decay"] = s.decay
         return content_key(what)
 
     @cached_property
@@ -135,6 +137,7 @@ class Cell:
             base = f"{mixer}-{share:.3g}-{100 - share:.3g}"
         else:
             base = s.recipe
+        base += "-channel" if self.is_student and s.decay == "channel" else ""
         base += "-hybrid" if self.is_student and s.keep_attention else ""
         return base if self.untouched else f"{base}-s{s.seed}"
 
@@ -177,7 +180,8 @@ class Cell:
         parts = {"ssm": False, "conv": False, "gate": False} if stage1 else {"ssm": s.ssm, "conv": s.conv, "gate": s.gate}
         if s.mixer == "mamba":
             return convert(teacher, "mamba", keep_attention=kept, copy_projections=s.mamba.copy_projections, scan=s.scan, seed=s.seed)
-        return convert(teacher, "hedgehog" if stage1 else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map, scan=s.scan, seed=s.seed)
+        return convert(teacher, "hedgehog" if stage1 else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
+                       decay="head" if stage1 else s.decay, scan=s.scan, seed=s.seed)
 
     def run_of(self, name: str, work: Path, key: str) -> Run:
         return Run(f"{self.name} {name}", work, key, self.device, self.precision, self.s.checkpoint_every, self.s.log_every)
@@ -323,7 +327,7 @@ class Cell:
             "peak_memory": {k: r.get("peak_memory") for k, r in results.items()},
             "provenance": {**provenance(), "started": started["started"], "data": spec_fingerprint(self.spec),
                            "teacher": fingerprint(s.teacher), "precision": self.precision, "device_type": self.device.type,
-                           "scan": resolve_scan(s.scan, self.device, 0),
+                           "scan": resolve_scan(s.scan, self.device, 0, s.decay),
                            "artifacts": {"tokens": self.tokens_key, **dict(self.training_steps()), "eval": self.key}},
         }  # fmt: skip
         self.store.write_record(folder, record)

@@ -31,7 +31,7 @@ def check(settings: Settings) -> Settings:
     if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
         raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
     device = pick_device(s.device)
-    resolve_scan(s.scan, device, 2 * adapter_for(config).shape(config).head_dim)
+    resolve_scan(s.scan, device, 2 * adapter_for(config).shape(config).head_dim, s.decay)
     data_exists(s)
     return s
 

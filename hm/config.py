@@ -27,6 +27,8 @@ MIXERS: dict[str, dict[str, bool]] = {
 }
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
 LOSSES = ("ce", "kl", "ce+kl")
+DECAYS = ("head", "channel")
+SCANS = ("auto", "ssd", "selective_scan", "chunked", "recurrent", "naive")
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "seq_len": (2, math.inf), "checkpoint_every": (1, math.inf),
     "log_every": (1, math.inf), "sequences": (1, math.inf), "batch_size": (1, math.inf), "warmup": (0, 1),
@@ -110,6 +112,7 @@ class Settings:
     ssm: bool | None = setting(None, "switch the SSM of the mixer on or off; null: as the mixer says", "false")
     conv: bool | None = setting(None, "switch the convolution on or off; null: as the mixer says", "false")
     gate: bool | None = setting(None, "switch the gate on or off; null: as the mixer says", "true")
+    decay: str = setting("head", "decay of the SSM: one per head (Mamba-2) or per channel and state (Mamba-1)", "channel", DECAYS)
     budget: Any = setting(None, "tokens of both stages together, or a part of default_budget", "20M")
     stage1_tokens: Any = setting(None, "tokens of stage 1, or a part of the budget", "10%")
     stage2_tokens: Any = setting(None, "tokens of stage 2, or a part of the budget", "18M")
@@ -121,7 +124,7 @@ class Settings:
     validation_fraction: float = setting(0.005, "part of the documents held out where validation is null", "0.01")
     seq_len: int = setting(256, "tokens per sequence", "1024")
     keep_attention: Any = setting(None, "layers that keep attention: every n-th, or a list; null: none", "[3,7,11]")
-    scan: str = setting("auto", "back end of the recurrence", "chunked", ("auto", "ssd", "chunked", "recurrent", "naive"))
+    scan: str = setting("auto", "back end of the recurrence", "chunked", SCANS)
     device: str = setting("auto", "auto (cuda if there is one), cpu, cuda", "cpu", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "auto: bf16 on cuda, fp32 on cpu", "bf16", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "torch.compile the student for training", "true")
@@ -160,12 +163,15 @@ class Settings:
             s.mixer = "mamba"
         elif s.mixer == "mamba" and s.recipe == "two_stage":
             raise UserError("mixer=mamba has no structured start, so it takes recipe=one_step, not recipe=two_stage.")
+        check_decay(s.mixer, s.decay)
         parts = MIXERS[s.mixer]
         for part in ("ssm", "conv", "gate"):
             typed = getattr(s, part)
             if s.mixer == "mamba" and typed is False:
                 raise UserError(f"{part}=false can't be had with mixer=mamba, which is a whole block; leave {part} out.")
             setattr(s, part, parts[part] if typed is None else typed)
+        if not s.ssm:
+            s.decay = "head"  # nothing decays
         for name, stage in (("stage1", s.stage1), ("stage2", s.stage2)):
             if stage.micro_batch is not None and (stage.micro_batch < 1 or stage.batch_size % stage.micro_batch):
                 raise UserError(f"{name}.micro_batch={stage.micro_batch} must divide {name}.batch_size={stage.batch_size}.")
@@ -271,6 +277,13 @@ def split_tokens(s: Settings) -> tuple[int, int, int]:
             f"raise budget= or lower {big}=."
         )
     return budget, one, two  # type: ignore[return-value]
+
+
+def check_decay(mixer: str, decay: str) -> None:
+    """Raise a UserError for a decay that is unknown or that the mixer can't have."""
+    check_choice("decay", decay, DECAYS)
+    if mixer == "mamba" and decay != "head":
+        raise UserError(f"decay={decay} can't be had with mixer=mamba, which is Mamba-2's block with one decay per head; leave decay out.")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

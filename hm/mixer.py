@@ -6,6 +6,7 @@
     q, k, v = rotary(W_qkv u_t)          copied from the teacher
     delta_t = softplus(W_up W_down u_t + b)   Lambda_t = exp(-delta_t A)      ssm                  (off: 1 and 1)
     h_t = Lambda_t h_{t-1} + delta_t phi(k_t) v_t^T        z_t = Lambda_t z_{t-1} + delta_t phi(k_t)
+          decay=head: one delta_t and A per head; decay=channel: one delta_t per channel, one A per channel and state
     y_t = (phi(q_t) . h_t) / (phi(q_t) . z_t)
     y_t <- y_t * silu(W_g x_t + b_g)     gate                                                      (off: y)
     out = W_o y_t                        copied from the teacher
@@ -28,7 +29,7 @@ from hm.adapters import AttentionShape, apply_rotary
 from hm.config import MIXERS
 from hm.errors import UserError
 from hm.feature_maps import HedgehogFeatureMap
-from hm.ops import linear_recurrence, resolve_scan
+from hm.ops import linear_recurrence
 
 SILU_ONE = 1.2784645427610738
 """silu(SILU_ONE) = 1: the gate's bias at the start."""
@@ -47,6 +48,7 @@ class MixerSpec:
     per_head: bool = False
     softmax: str = "joint"
     copy_projections: bool = True
+    decay: str = "head"
     scan: str = "auto"
     chunk_size: int = 64
     shape: dict = field(default_factory=dict)
@@ -59,7 +61,8 @@ class MixerSpec:
 class LayerState:
     """What one layer remembers between tokens; its size does not depend on how many there were.
 
-    conv: (B, CONV_WIDTH - 1, channels) last inputs of the convolution, or None; ssm: (B, H, N, P) state, or None.
+    conv: (B, CONV_WIDTH - 1, channels) last inputs of the convolution, or None; ssm: the recurrence's state as
+    `hm.ops.linear_recurrence` returns it, or None.
     """
 
     conv: Tensor | None = None
@@ -117,28 +120,31 @@ class CausalConv(nn.Module):
 
 
 class SelectiveDecay(nn.Module):
-    """delta_t and A of the SSM, one of each per head (Mamba-2's form).
+    """delta_t and A of the SSM: one of each per head (Mamba-2's form), or with `per_channel` = (P, N) a delta for each
+    of a head's P channels and an A for each of their N states (Mamba-1's form, the paper's).
 
-    u: (B, L, D) -> delta (B, L, H) > 0, A (H,) >= 0. The low-rank projection of delta has rank D / 16, as in Mamba.
-    The start is exact: A = 0 and so Lambda = 1; delta is constant (the up-projection is 0), spaced evenly in its
-    logarithm over the heads from 0.001 to 0.1, which cancels in the normalised output. A learns from the first step
-    (see `Decay`), at a pace that the head's delta sets: heads of small delta forget slowly.
+    u: (B, L, D) -> delta > 0, (B, L, H) or (B, L, H, P), and A >= 0, (H,) or (H, P, N). The low-rank projection of
+    delta has rank D / 16, as in Mamba. The start is exact: A = 0 and so Lambda = 1; delta is constant (the
+    up-projection is 0), spaced evenly in its logarithm from 0.001 to 0.1 over the heads, or over the channels of each
+    head, which cancels in the normalised output. A learns from the first step (see `Decay`), at a pace that delta
+    sets: where it is small, forgetting is slow.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int, num_heads: int, per_channel: tuple[int, int] | None = None):
         super().__init__()
-        self.num_heads = num_heads
+        channels, states = per_channel or (None, None)
+        self.steps_shape = (num_heads,) if channels is None else (num_heads, channels)
         self.down = nn.Linear(hidden_size, max(1, math.ceil(hidden_size / 16)), bias=False)
-        self.up = nn.Linear(self.down.out_features, num_heads)
-        self.A = nn.Parameter(torch.empty(num_heads))
+        self.up = nn.Linear(self.down.out_features, math.prod(self.steps_shape))
+        self.A = nn.Parameter(torch.empty(self.steps_shape if states is None else (*self.steps_shape, states)))
 
     def reset_parameters(self) -> None:
         self.down.reset_parameters()
         with torch.no_grad():
             self.up.weight.zero_()
-            steps = torch.linspace(0, 1, self.num_heads, device=self.A.device)
-            delta = torch.exp(math.log(DELTA_MIN) + steps * math.log(DELTA_MAX / DELTA_MIN))
-            self.up.bias.copy_(inverse_softplus(delta))
+            spread = torch.linspace(0, 1, self.steps_shape[-1], device=self.A.device)
+            delta = torch.exp(math.log(DELTA_MIN) + spread * math.log(DELTA_MAX / DELTA_MIN))
+            self.up.bias.copy_(inverse_softplus(delta).expand(self.steps_shape).flatten())
             self.A.zero_()
 
     def project_gradient(self) -> None:
@@ -148,7 +154,8 @@ class SelectiveDecay(nn.Module):
             self.A.grad.masked_fill_((self.A <= 0) & (self.A.grad > 0), 0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return F.softplus(self.up(self.down(u)).float()), Decay.apply(self.A)
+        delta = F.softplus(self.up(self.down(u)).float())
+        return delta.unflatten(-1, self.steps_shape), Decay.apply(self.A)
 
 
 class Gate(nn.Module):
@@ -232,15 +239,15 @@ class BaseMixer(nn.Module):
         raise NotImplementedError
 
     def recur(self, q, k, v, delta, A, state: LayerState | None, normalize: bool) -> Tensor:
-        scan = resolve_scan(self.spec.scan, q.device, q.shape[-1])
-        if state is not None and q.shape[1] == 1:
-            scan = "recurrent"
-        y, last = linear_recurrence(
-            q, k, v, delta, A, scan=scan, chunk_size=self.spec.chunk_size, normalize=normalize,
-            initial_state=state.ssm if state is not None else None, return_state=True,
+        result = linear_recurrence(
+            q, k, v, delta, A, scan="recurrent" if state is not None and q.shape[1] == 1 else self.spec.scan,
+            chunk_size=self.spec.chunk_size, normalize=normalize,
+            initial_state=state.ssm if state is not None else None, return_state=state is not None,
         )  # fmt: skip
-        if state is not None:
-            state.ssm = last
+        if state is None:
+            assert isinstance(result, Tensor)
+            return result
+        y, state.ssm = result
         return y
 
 
@@ -254,7 +261,8 @@ class Mixer(BaseMixer):
         s = self.shape
         self.phi_q = HedgehogFeatureMap(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
         self.phi_k = HedgehogFeatureMap(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
-        self.ssm = SelectiveDecay(s.hidden_size, s.num_heads) if spec.ssm else None
+        per_channel = (s.head_dim, self.phi_q.out_dim) if spec.decay == "channel" else None
+        self.ssm = SelectiveDecay(s.hidden_size, s.num_heads, per_channel) if spec.ssm else None
         self.conv = CausalConv(s.hidden_size) if spec.conv else None
         self.gate = Gate(s.hidden_size, self.q_size) if spec.gate else None
 
@@ -283,7 +291,7 @@ class Mixer(BaseMixer):
             k = k * keep[..., None]
         delta, A = self.ssm(u) if self.ssm is not None else (None, None)
         if keep is not None and delta is not None:
-            delta = delta * keep.to(delta.dtype)
+            delta = delta * keep.to(delta.dtype).view(*keep.shape, *[1] * (delta.dim() - keep.dim()))
         y = self.recur(self.phi_q(q), k, v, delta, A, state, normalize=True).flatten(2)
         if self.gate is not None:
             y = y * self.gate(x)

@@ -55,7 +55,7 @@ def make_optimizer(objective: Objective, stage: Stage) -> torch.optim.AdamW:
     """AdamW with decay on matrices only and a rate of their own for new parameters; each group keeps its peak rate."""
     groups: dict[tuple[bool, bool], list] = {}
     for name, parameter, new in objective.parameters:
-        matrix = parameter.dim() >= 2 and not name.endswith("bias")  # a map per head has a bias of two dimensions
+        matrix = parameter.dim() >= 2 and not name.endswith(("bias", "ssm.A"))  # both can have more than one dimension
         groups.setdefault((new, matrix), []).append(parameter)
     rates = {False: stage.lr, True: stage.lr if stage.lr_new is None else stage.lr_new}
     return torch.optim.AdamW(

@@ -208,6 +208,12 @@ def test_a_part_can_be_switched_by_itself():
     assert (s.ssm, s.conv, s.gate) == (False, False, True)
 
 
+def test_the_decays_form_is_that_of_the_ssm_if_there_is_one():
+    assert resolved(decay="channel").decay == "channel"
+    assert resolved(decay="channel", mixer="hedgehog").decay == "head"
+    assert "decay=channel can't be had with mixer=mamba" in refusal(recipe="one_step", decay="channel")
+
+
 def test_one_step_is_a_plain_mamba_and_nothing_else():
     assert resolved(recipe="one_step").mixer == "mamba"
     assert resolved(recipe="one_step", mixer="mamba").mixer == "mamba"

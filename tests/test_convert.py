@@ -34,9 +34,13 @@ def hedgehog_and(teacher, parts, randomize, **options):
     return hedgehog, student
 
 
-@pytest.mark.parametrize("parts", COMBINATIONS, ids=name_of)
-def test_every_combination_of_parts_starts_as_the_hedgehog_student(teacher, parts, randomize, ids):
-    hedgehog, student = hedgehog_and(teacher, parts, randomize)
+@pytest.mark.parametrize(
+    ("parts", "decay"),
+    [(parts, decay) for parts in COMBINATIONS for decay in ("head", "channel") if parts["ssm"] or decay == "head"],
+    ids=lambda value: name_of(value) if isinstance(value, dict) else value,
+)
+def test_every_combination_of_parts_starts_as_the_hedgehog_student(teacher, parts, decay, randomize, ids):
+    hedgehog, student = hedgehog_and(teacher, parts, randomize, decay=decay)
     assert [bool(getattr(student.mixers[0], p)) for p in PARTS] == list(parts.values())
     tokens = ids(2, LONGER_THAN_TWO_CHUNKS)
     torch.testing.assert_close(logits(student, tokens), logits(hedgehog, tokens), rtol=0, atol=1e-4)
@@ -67,6 +71,7 @@ def test_the_start_is_the_same_on_the_embedded_teacher(tiny_teacher, randomize, 
             m.ssm.up.bias.fill_(0.5413),
         ),
         "delta that varies": lambda m: m.ssm.up.weight.normal_(std=0.5),
+        "one channel's decay of one state": lambda m: (m.ssm.A[0, 0, 0].fill_(30), m.ssm.up.bias[0].fill_(5)),
         "conv that also reads the token before": lambda m: m.conv.weight[:, -2].fill_(0.1),
         "conv scaled": lambda m: m.conv.weight.mul_(1.1),
         "gate of bias 0": lambda m: m.gate.proj.bias.zero_(),
@@ -75,7 +80,8 @@ def test_the_start_is_the_same_on_the_embedded_teacher(tiny_teacher, randomize, 
     ids=lambda item: item[0],
 )
 def test_a_part_off_its_start_is_seen_in_the_logits(teacher, off, ids):
-    hedgehog, student = convert(teacher, "hedgehog"), convert(teacher, "hedgemamba")
+    decay = "channel" if "channel" in off[0] else "head"
+    hedgehog, student = convert(teacher, "hedgehog"), convert(teacher, "hedgemamba", decay=decay)
     torch.manual_seed(0)
     with torch.no_grad():
         off[1](student.mixers[0])
@@ -290,24 +296,27 @@ CONV = LAYERS * 4 * D
 GATE = LAYERS * (D * D + D)
 
 
+PER_CHANNEL = LAYERS * (D * RANK + RANK * D + D + D * 2 * HEAD_DIM)  # the same with a delta per channel, A per state
+
+
 @pytest.mark.parametrize(
-    ("mixer", "expected", "millions"),
+    ("mixer", "decay", "expected", "millions"),
     [
-        ("hedgehog", PYTHIA + MAPS, 1014),  # the paper: 1,014M
-        (
-            "ssm",
-            PYTHIA + MAPS + SSM,
-            1018,
-        ),  # the paper: 1,020M; its decay and delta are per channel, ours per head
-        ("ssm_conv", PYTHIA + MAPS + SSM + CONV, 1018),  # the paper: 1,020M
-        ("hedgemamba", PYTHIA + MAPS + SSM + CONV + GATE, 1085),  # the paper: 1,087M
+        ("hedgehog", "head", PYTHIA + MAPS, 1014),  # the paper: 1,014M
+        # The paper has 1,020M and 1,087M with an SSM and with all parts. Its 6M for the SSM are more than a delta and
+        # A per head, and less than a delta per channel at rank D / 16 (8.4M) with an A per channel and state (16.8M).
+        ("ssm", "head", PYTHIA + MAPS + SSM, 1018),
+        ("ssm_conv", "head", PYTHIA + MAPS + SSM + CONV, 1018),
+        ("hedgemamba", "head", PYTHIA + MAPS + SSM + CONV + GATE, 1085),
+        ("ssm", "channel", PYTHIA + MAPS + PER_CHANNEL, 1039),
+        ("hedgemamba", "channel", PYTHIA + MAPS + PER_CHANNEL + CONV + GATE, 1106),
     ],
 )
 def test_pythia_1b_on_the_meta_device_has_the_parameters_that_the_formula_gives(
-    pythia_1b, mixer, expected, millions
+    pythia_1b, mixer, decay, expected, millions
 ):
     assert sum(p.numel() for p in pythia_1b.parameters()) == PYTHIA
-    student = convert(pythia_1b, mixer)
+    student = convert(pythia_1b, mixer, decay=decay)
     assert {p.device.type for p in student.parameters()} == {"meta"}
     total = report(student).counts["total"]
     assert total == sum(p.numel() for p in student.parameters()) == expected
@@ -347,6 +356,13 @@ def test_layers_that_the_teacher_does_not_have_are_refused_with_their_range(valu
 def test_an_unknown_mixer_is_answered_with_the_nearest(make_teacher):
     with pytest.raises(UserError, match="mixer=hedgemamb is not known; did you mean mixer=hedgemamba"):
         convert(make_teacher("neox"), "hedgemamb")
+
+
+def test_an_unknown_decay_and_one_that_mamba_2_can_not_have_are_refused(make_teacher):
+    with pytest.raises(UserError, match="decay=chanel is not known; did you mean decay=channel"):
+        convert(make_teacher("neox"), decay="chanel")
+    with pytest.raises(UserError, match="decay=channel can't be had with mixer=mamba"):
+        convert(make_teacher("neox"), "mamba", decay="channel")
 
 
 def test_a_teacher_that_can_not_be_converted_is_refused_also_when_it_was_not_loaded_by_name():

@@ -1,6 +1,7 @@
 """The student as a Transformers model: in steps or all at once, padded, generated, saved and loaded."""
 
 import itertools
+import json
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from hm.modeling import StudentCache, StudentConfig, StudentForCausalLM, load_st
 KINDS = {
     "hedgehog": {"mixer": "hedgehog"},
     "hedgemamba": {},
+    "channel": {"decay": "channel"},
     "hybrid": {"keep_attention": [1]},
     "hybrid_first": {"keep_attention": [0]},
     "mamba": {"mixer": "mamba"},
@@ -224,6 +226,15 @@ def test_saving_and_loading_gives_the_same_student_bit_for_bit(student, tmp_path
         assert loaded.config.recipe == student.config.recipe
         assert loaded.generation_config.eos_token_id == student.generation_config.eos_token_id
         assert torch.equal(logits(loaded, ids(2, 70)), logits(student, ids(2, 70)))
+
+
+def test_a_student_saved_before_decays_had_two_forms_has_one_per_head(make_teacher, make_student, tmp_path, ids):
+    student = make_student(make_teacher("neox"))
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["mixer"]["decay"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load_student(str(tmp_path)), ids(2, 70)), logits(student, ids(2, 70)))
 
 
 def test_only_safetensors_and_json_are_written(make_teacher, make_student, tmp_path):

@@ -279,8 +279,9 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors(run_in):
     assert objective.model.vector.tolist() == [1, 1]
 
 
-def test_weight_decay_is_for_matrices_and_never_for_biases_or_norms(teacher):
-    objective = FineTune(convert(teacher, feature_map=FeatureMap(per_head=True)))
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_weight_decay_is_for_matrices_and_never_for_biases_norms_or_decay_rates(teacher, decay):
+    objective = FineTune(convert(teacher, feature_map=FeatureMap(per_head=True), decay=decay))
     names = {id(p): n for n, p, _ in objective.parameters}
     optimizer = make_optimizer(objective, STAGE)
     assert (optimizer.defaults["betas"], optimizer.defaults["amsgrad"]) == ((0.9, 0.95), False)

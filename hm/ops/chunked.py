@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hm.ops.recurrent import accumulation_dtype, divide
+from hm.ops.chunked_channel import chunked_channel_scan
+from hm.ops.recurrent import accumulation_dtype, divide, is_per_channel
 
 
 def chunked_scan(
@@ -26,8 +27,11 @@ def chunked_scan(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `hm.ops.linear_recurrence`. Any length; computes in float32, or float64 if an input is.
 
-    Without delta, A and an initial state the query heads of a group share one state, which is kept once.
+    Without delta, A and an initial state the query heads of a group share one state, which is kept once. Decays per
+    channel and state go to `chunked_channel_scan`.
     """
+    if is_per_channel(q, delta, A):
+        return chunked_channel_scan(q, k, v, delta, A, initial_state, normalize=normalize, chunk_size=chunk_size)
     (B, L, H, N), G = q.shape, k.shape[2]
     R, c = H // G, min(chunk_size, L)
     n, pad = -(-L // c), -L % c

@@ -1,7 +1,9 @@
-"""The definition, with an explicit L x L matrix in float64: the reference of the other back ends."""
+"""The definition, each token as a sum over all before it, in float64: the reference of the other back ends."""
 
 import torch
 from torch import Tensor
+
+from hm.ops.recurrent import complete, is_per_channel
 
 
 def naive_scan(
@@ -18,10 +20,15 @@ def naive_scan(
 
     y_t = sum_{s<=t} W_ts (q_t . k_s) v_s / sum_{s<=t} W_ts (q_t . k_s)
     W_ts = delta_s exp(-A sum_{s<r<=t} delta_r)
+
+    With a delta per channel and an A per channel and state, W depends on both, and y has them inside its sums.
     """
     B, L, H, _ = q.shape
     group = H // k.shape[2]
     q, k, v = q.double(), k.double().repeat_interleave(group, 2), v.double().repeat_interleave(group, 2)
+    if is_per_channel(q, delta, A):
+        delta, A = (t.double() for t in complete(q, v, delta, A))
+        return _per_channel(q, k, v, delta, A, initial_state, normalize)
     delta = q.new_ones(B, L, H) if delta is None else delta.double()
     A = q.new_zeros(H) if A is None else A.double()
 
@@ -47,3 +54,26 @@ def naive_scan(
     if not normalize:
         return numerator, h
     return numerator / denominator, torch.cat([h, z], dim=-1)
+
+
+def _per_channel(
+    q: Tensor, k: Tensor, v: Tensor, delta: Tensor, A: Tensor, initial_state: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """As `naive_scan`, for k and v of every query head; delta: (B, L, H, P), A: (H, P, N)."""
+    P = v.shape[-1]
+    values, since_start, y = torch.cat([v, torch.ones_like(v)], dim=-1), delta.cumsum(1), []
+    for t in range(q.shape[1]):
+        now = slice(t, t + 1)
+        passed = since_start[:, now] - since_start[:, : t + 1]  # (B, s, H, P), the sum of delta after s
+        weight = torch.exp(-A * passed[..., None]) * delta[:, : t + 1, ..., None]  # (B, s, H, P, N)
+        h, z = (
+            torch.einsum("bshpn,bshn,bshp->bhnp", weight, k[:, : t + 1], x[:, : t + 1]) for x in values.split(P, dim=-1)
+        )
+        if initial_state is not None:
+            decay = torch.exp(-A * since_start[:, t, ..., None]).transpose(-1, -2)  # (B, H, N, P)
+            h0 = initial_state.double()
+            h = h + decay * h0[..., :P]
+            z = z + decay * h0[..., P:] if normalize else z
+        numerator, denominator = (torch.einsum("bhn,bhnp->bhp", q[:, t], x) for x in (h, z))
+        y.append(numerator / denominator if normalize else numerator)
+    return torch.stack(y, dim=1), torch.cat([h, z], dim=-1) if normalize else h

@@ -1,15 +1,10 @@
 """What surrounds the Triton kernel, with a plain twin in its place. `test_ssd_gpu` runs the kernel itself."""
 
-import sys
-
 import pytest
 import torch
 
 from hm.ops import ssd
 from hm.ops.naive import naive_scan
-
-BROKEN_INIT = "import selective_scan_cuda_that_was_not_compiled\n"
-KERNEL = "from mamba_ssm.utils.torch import answer\ndef mamba_chunk_scan_combined():\n    return answer\n"
 
 
 def twin(x, dt, A, B, C, chunk_size, *, initial_states, return_final_states):
@@ -33,7 +28,7 @@ def twin(x, dt, A, B, C, chunk_size, *, initial_states, return_final_states):
 
 @pytest.fixture
 def twin_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(ssd, "load_kernel", lambda: twin)
+    monkeypatch.setattr(ssd, "load_kernel", lambda *_: twin)
     monkeypatch.setattr(ssd, "CHUNK", 16)
 
 
@@ -65,49 +60,3 @@ def test_bfloat16_inputs_reach_the_kernel_as_bfloat16_with_a_float32_state():
     assert state.dtype == torch.float32
     expected, _ = naive_scan(q, k, v, delta, A)
     assert (y - expected).norm() / expected.norm() < 1e-2
-
-
-@pytest.fixture
-def forget_mamba_ssm():
-    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "mamba_ssm"}
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
-        del sys.modules[name]
-    sys.modules.update(saved)
-
-
-def install(folder, init):
-    package = folder / "mamba_ssm"
-    for sub in ("ops/triton", "utils"):
-        (package / sub).mkdir(parents=True)
-    (package / "__init__.py").write_text(init)
-    (package / "utils" / "torch.py").write_text("answer = 42\n")
-    (package / "ops" / "triton" / "ssd_combined.py").write_text(KERNEL)
-
-
-@pytest.mark.usefixtures("forget_mamba_ssm")
-@pytest.mark.parametrize("init", ["", BROKEN_INIT])
-def test_the_kernel_is_found_with_and_without_the_compiled_extension(tmp_path, monkeypatch, init):
-    install(tmp_path, init)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert ssd.load_kernel.__wrapped__()() == 42
-
-
-@pytest.mark.usefixtures("forget_mamba_ssm")
-def test_others_still_meet_the_true_error_of_a_broken_installation(tmp_path, monkeypatch):
-    install(tmp_path, BROKEN_INIT)
-    monkeypatch.syspath_prepend(tmp_path)
-    ssd.load_kernel.__wrapped__()
-    with pytest.raises(ImportError, match="selective_scan_cuda"):
-        import mamba_ssm  # noqa: F401
-
-
-@pytest.mark.usefixtures("forget_mamba_ssm")
-def test_what_the_operator_lacks_is_reported(tmp_path, monkeypatch):
-    install(tmp_path, BROKEN_INIT)
-    (tmp_path / "mamba_ssm" / "ops" / "triton" / "ssd_combined.py").write_text(
-        "import einops_not_installed\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(ssd, "load_kernel", ssd.load_kernel.__wrapped__)
-    assert ssd.why_unavailable.__wrapped__() == "No module named 'einops_not_installed'"

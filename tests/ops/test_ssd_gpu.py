@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from hm.ops import linear_recurrence, resolve_scan
-from hm.ops.ssd import why_unavailable
+from hm.ops.kernels import why_unavailable
+from hm.ops.ssd import KERNEL
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
-if why_unavailable() is not None:
-    pytest.skip(f"needs mamba-ssm's Triton operators: {why_unavailable()}", allow_module_level=True)
+if reason := why_unavailable(*KERNEL):
+    pytest.skip(f"needs mamba-ssm's Triton operators: {reason}", allow_module_level=True)
 
 # ||y - reference|| / ||reference||; matrix products of float32 run as TF32 (10 bits of mantissa).
 BOUND = {torch.float32: 3e-3, torch.bfloat16: 2e-2}
