@@ -184,7 +184,8 @@ class Cell:
                        decay="head" if stage1 else s.decay, scan=s.scan, seed=s.seed)
 
     def run_of(self, name: str, work: Path, key: str) -> Run:
-        return Run(f"{self.name} {name}", work, key, self.device, self.precision, self.s.checkpoint_every, self.s.log_every)
+        s = self.s
+        return Run(f"{self.name} {name}", work, key, self.device, self.precision, s.checkpoint_every, s.log_every, s.compile, s.checkpointing)
 
     def stage1(self, teacher: PreTrainedModel) -> Path | None:
         """The artifact with the feature maps that stage 1 learns; None without a stage 1."""
@@ -238,8 +239,6 @@ class Cell:
                 distils = s.stage2.loss != "ce"
                 own = self.teacher() if distils and model is teacher else teacher
                 objective = FineTune(model, s.stage2.loss, own if distils else None, s.stage2.kl_weight)
-                if s.compile:
-                    model.compile()
                 batches = Batches(self.train_tokens, s.seq_len, s.stage2.batch_size, s.seed, self.first_block)
                 name = {"two_stage": "stage 2", "one_step": "one step"}.get(s.recipe, "adapt teacher")
                 result = train(objective, batches.batch, self.stage2_steps, s.stage2, self.run_of(name, work, key))

@@ -8,26 +8,75 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hm.adapters import adapter_for, capture_attention
+from hm.adapters import AttentionRecord, adapter_for, capture_attention
+from hm.compile import compiled, regions
 from hm.convert import is_new, trainable
-from hm.losses import cosine_loss, cross_entropy, kl_divergence
-from hm.mixer import SelectiveDecay
+from hm.losses import cosine_loss, next_token_loss
+from hm.mixer import BaseMixer, SelectiveDecay
 from hm.modeling import StudentForCausalLM
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """What makes hidden states of tokens: a teacher or student without its output embedding."""
+    transformer: Any = getattr(model, "backbone", model)
+    return transformer.base_model
+
+
+def last_hidden(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
+    """tokens (b, L) -> the hidden states (b, L, D) that the output embedding turns into logits, and that embedding."""
+    return decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, model.get_output_embeddings()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    transformer: Any = getattr(model, "backbone", model)
+    return list(adapter_for(transformer.config).layers(transformer))
+
+
+def final_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """What of the decoder comes after its layers and has weights."""
+    others = (nn.Embedding, nn.ModuleList)
+    return [m for m in decoder(model).children() if has_weights(m) and not isinstance(m, others)]
+
+
+def has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 class Objective(ABC):
     """`model`: what is trained; `parameters`: [(name, parameter, is it new)]; `flags`: what its settings' names begin
-    with, for messages."""
+    with, for messages; `compiled`: whether it computes with torch.compile at present."""
 
     flags = "stage2."
+    compiled = False
     model: PreTrainedModel
     parameters: list[tuple[str, nn.Parameter, bool]]
+
+    def regions(self) -> list[nn.Module]:
+        """The modules to compile, each on its own."""
+        return []
+
+    def recomputed(self) -> list[nn.Module]:
+        """The modules whose activations need not be kept."""
+        return []
+
+    @contextmanager
+    def running(self, compile: bool = False, checkpointing: bool = False) -> Iterator[None]:
+        """While the context lasts, `backward` uses torch.compile and activation checkpointing as asked."""
+        self.compiled = compile
+        try:
+            with regions(self.regions() if compile else [], self.recomputed() if checkpointing else []):
+                yield
+        finally:
+            self.compiled = False
 
     @abstractmethod
     def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
@@ -35,15 +84,15 @@ class Objective(ABC):
 
     def project(self) -> None:
         """Between the last `backward` of a step and the optimiser: keep the parameters where they are defined."""
-        for module in self.model.modules():
-            if isinstance(module, SelectiveDecay):
-                module.project_gradient()
+        for decay in self.decays:
+            decay.project_gradient()
+
+    @cached_property
+    def decays(self) -> list[SelectiveDecay]:
+        return [m for m in self.model.modules() if isinstance(m, SelectiveDecay)]
 
     def suspect(self, chunks: Sequence[Tensor], losses: dict[str, float]) -> str:
         """Where the non-finite loss of a step comes from, in words; chunks: the step's micro-batches (b, L + 1)."""
-        layers = adapter_for(getattr(self.model, "backbone", self.model).config).layers(
-            getattr(self.model, "backbone", self.model)
-        )
         found: list[str] = []
 
         def hook(index: int):
@@ -54,11 +103,11 @@ class Objective(ABC):
 
             return check
 
-        handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+        handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(decoder_layers(self.model))]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 for tokens in chunks:
-                    self.model(input_ids=tokens[:, :-1])
+                    decoder(self.model)(input_ids=tokens[:, :-1], use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -79,6 +128,14 @@ class Align(Objective):
         self.model = self.student = student
         self.parameters = [(n, p, True) for n, p in trainable(student, "stage1")]
 
+    def regions(self) -> list[nn.Module]:
+        """Parts of layers and not layers, so that what looks at attention and mixers stays outside."""
+        models = [self.teacher, self.student] if self.feed == "student" else [self.teacher]
+        return [part for model in models for layer in decoder_layers(model) for part in layer.children() if has_weights(part)]
+
+    def recomputed(self) -> list[nn.Module]:
+        return decoder_layers(self.student) if self.feed == "student" else []
+
     def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
         inputs = tokens[:, :-1]
         mixers = self.student.mixers
@@ -87,17 +144,16 @@ class Align(Objective):
             backbone(input_ids=inputs, use_cache=False)
         targets = [captured[m.layer_idx] for m in mixers]
         if self.feed == "teacher":
-            losses = []
+            losses, align = [], compiled_alignment() if self.compiled else alignment
             for mixer, seen in zip(mixers, targets, strict=True):
-                y, _ = mixer(seen.hidden, position_embeddings=seen.position_embeddings)
-                loss = cosine_loss(y, seen.output)
+                loss = align(mixer, seen)
                 (loss * (scale / len(mixers))).backward()
                 losses.append(loss.detach())
         else:
             outputs: list[Tensor] = []
             handles = [m.register_forward_hook(lambda mod, args, out: outputs.append(out[0])) for m in mixers]
             try:
-                self.model(input_ids=inputs, logits_to_keep=1)
+                decoder(self.model)(input_ids=inputs, use_cache=False)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -112,6 +168,17 @@ class Align(Objective):
         return f"the alignment loss of layer {bad[0]} is the first that is not finite" if bad else "no layer stands out"
 
 
+def alignment(mixer: BaseMixer, seen: AttentionRecord) -> Tensor:
+    """1 - cos of what a mixer makes of attention's input and what attention made of it: a scalar."""
+    y, _ = mixer(seen.hidden, position_embeddings=seen.position_embeddings)
+    return cosine_loss(y, seen.output)
+
+
+@cache
+def compiled_alignment() -> Callable:
+    return compiled(alignment)
+
+
 class FineTune(Objective):
     """Next-token cross-entropy, KL to the teacher's logits, or both: (1 - kl_weight) * ce + kl_weight * kl."""
 
@@ -121,29 +188,34 @@ class FineTune(Objective):
         loss: str = "ce",
         teacher: PreTrainedModel | None = None,
         kl_weight: float = 0.9,
-        parameters: PreTrainedModel | None = None,
+        pretraining: bool = False,
     ):
-        """Trains all of `model` but its embeddings, or everything in `parameters` if that is given (pre-training)."""
+        """Trains all of `model` but its embeddings, or everything (pre-training)."""
         self.model, self.loss, self.teacher = model, loss, teacher
         self.kl_weight = {"ce": 0.0, "kl": 1.0, "ce+kl": kl_weight}[loss]
-        if parameters is not None:
+        if pretraining:
             self.flags = "--"
-            self.parameters = [(n, p, False) for n, p in parameters.named_parameters()]
+            self.parameters = [(n, p, False) for n, p in model.named_parameters()]
             return
         chosen = trainable(model, "stage2")
         self.parameters = [(n, p, isinstance(model, StudentForCausalLM) and is_new(model, n)) for n, p in chosen]
 
+    def regions(self) -> list[nn.Module]:
+        models = [self.model] if self.teacher is None else [self.model, self.teacher]
+        return [m for model in models for m in (*decoder_layers(model), *final_norms(model))]
+
+    def recomputed(self) -> list[nn.Module]:
+        return decoder_layers(self.model)
+
     def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        logits = self.model(input_ids=inputs, use_cache=False).logits
-        ce = cross_entropy(logits, labels) if self.kl_weight < 1 else logits.new_zeros(())
-        if self.kl_weight == 0:
-            (ce * scale).backward()
-            return {"loss": ce.detach()}
-        assert self.teacher is not None
-        with torch.no_grad():
-            teacher_logits = self.teacher(input_ids=inputs, use_cache=False).logits
-        kl = kl_divergence(logits, teacher_logits)
-        loss = (1 - self.kl_weight) * ce + self.kl_weight * kl
-        (loss * scale).backward()
-        return {"loss": loss.detach(), "ce": ce.detach(), "kl": kl.detach()}
+        teacher = None
+        if self.kl_weight > 0:
+            assert self.teacher is not None
+            with torch.no_grad():
+                teacher = last_hidden(self.teacher, inputs)
+        found = next_token_loss(
+            *last_hidden(self.model, inputs), labels, kl_weight=self.kl_weight, teacher=teacher, fused=self.compiled
+        )
+        (found.loss * scale).backward()
+        return {n: v.detach() for n, v in found._asdict().items() if teacher is not None or n == "loss"}

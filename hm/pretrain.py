@@ -78,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--compile", action="store_true", help="torch.compile each layer")
     p.add_argument("--only-tokens", action="store_true", help="stop after tokenising (to train on another machine)")
     p.add_argument("--have-tokens", action="store_true", help="train on the shards in the work folder; the text need not be here")
     return p.parse_args(argv)
@@ -116,9 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {k: str(v) for k, v in vars(args).items()
                 if k not in ("data", "validation", "tokenizer", "out", "work", "device", "only_tokens", "have_tokens", "compile")}  # fmt: skip
     key = content_key({**settings, "tokens_index": (work / "tokens" / "index.json").read_text()})
-    run = Run("pretrain", work, key, device, precision, checkpoint_every=500, log_every=20)
-    compiled: Any = torch.compile(model) if args.compile else model
-    objective = FineTune(compiled, parameters=model)
+    run = Run("pretrain", work, key, device, precision, checkpoint_every=500, log_every=20, compile=args.compile)
+    objective = FineTune(model, pretraining=True)
     batches = Batches(data, args.seq_len, args.batch_size, args.seed)
     result = train(objective, batches.batch, steps, stage, run)
 

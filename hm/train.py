@@ -10,7 +10,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class Run:
     precision: str = "fp32"
     checkpoint_every: int = 200
     log_every: int = 10
+    compile: bool | None = None  # None: on CUDA
+    checkpointing: bool = False
 
 
 def learning_rate(step: int, steps: int, stage: Stage) -> float:
@@ -64,7 +66,7 @@ def make_optimizer(objective: Objective, stage: Stage) -> torch.optim.AdamW:
             for (new, matrix), ps in groups.items()
         ],
         betas=(stage.beta1, stage.beta2),
-        fused=objective.parameters[0][1].is_cuda,
+        fused=runs_ahead(objective.parameters[0][1].device),
     )
 
 
@@ -89,47 +91,46 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     run.workdir.mkdir(parents=True, exist_ok=True)
     first, seconds = restore(objective, optimizer, folder, run)
     truncate_log(log, first)
-    cuda = run.device.type == "cuda"
+    cuda, ahead = run.device.type == "cuda", runs_ahead(run.device)
     if cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    micro = stage.micro_batch or stage.batch_size
-    parts = stage.batch_size // micro
-    per_step = batch(0).shape[1] - 1
-    per_step *= stage.batch_size
+    tokens = on_device(batch(min(first, steps - 1)), run)
+    parts = stage.batch_size // (stage.micro_batch or stage.batch_size)
+    per_step = tokens[:, 1:].numel()
     losses: dict[str, float] = last_losses(log)
     start = time.perf_counter()
     bar = progress_bar(
         total=steps * per_step, initial=first * per_step, desc=run.name, unit="tok", unit_scale=True
     )
     objective.model.eval()  # a teacher's config may ask for dropout: the student learns what the teacher computes
-    with bar, open(log, "a") as out:
+    broken = torch.full((), -1, device=run.device)  # the first step whose loss or gradient was not finite
+    running = objective.running(cuda if run.compile is None else run.compile, run.checkpointing)
+    with bar, open(log, "a") as out, running:
         for step in range(first, steps):
-            tokens = batch(step).to(run.device, non_blocking=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, stage)
-            found: dict[str, Tensor] = {}
-            for chunk in tokens.split(micro):
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                    values = objective.backward(chunk, 1 / parts)
-                for name, value in values.items():
-                    found[name] = found.get(name, 0) + value / parts
-            objective.project()
+            found = gradients(objective, tokens, parts, run)
             norm = torch.nn.utils.clip_grad_norm_(list(names), stage.clip if stage.clip > 0 else math.inf)
+            finite = torch.isfinite(found["loss"] + norm)
+            broken = torch.where((broken < 0) & ~finite, step, broken)
             logged = step % run.log_every == 0 or step == steps - 1
-            finite = bool(torch.isfinite(found["loss"] + norm))  # before the step: it would spoil every weight
-            if logged or not finite:
-                losses = {name: float(value) for name, value in found.items()}
-            if not finite:
-                raise diverged(objective, tokens.split(micro), losses, step, stage, run)
+            saved = (step + 1) % run.checkpoint_every == 0 and step + 1 < steps
+            if ahead:  # no waiting for the GPU: the optimiser itself leaves the weights alone from the broken step on
+                optimizer.found_inf = (broken >= 0).float()  # type: ignore[attr-defined]
+            if (logged or saved or not ahead) and broken >= 0:
+                raise diverged(objective, batch, int(broken), parts, stage, run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update(per_step)
+            if step + 1 < steps:
+                tokens = on_device(batch(step + 1), run)
             if logged:
+                losses = {name: float(value) for name, value in found.items()}
                 bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
                 line = {"step": step, "tokens": (step + 1) * per_step, "lr": optimizer.param_groups[0]["lr"],
                         "grad_norm": float(norm), **losses}  # fmt: skip
                 out.write(json.dumps(line) + "\n")
-            if (step + 1) % run.checkpoint_every == 0 and step + 1 < steps:
+            if saved:
                 out.flush()
                 spent = seconds + time.perf_counter() - start
                 save(objective, optimizer, names, folder, step + 1, {"seconds": spent}, run)
@@ -144,6 +145,30 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
         "final_loss": losses.get("loss"),
         "peak_memory": torch.cuda.max_memory_allocated(run.device) if cuda else peak_resident_memory(),
     }
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether Python is ahead of the device, so that looking at a number costs a wait."""
+    return device.type == "cuda"
+
+
+def on_device(tokens: Tensor, run: Run) -> Tensor:
+    """A batch on its way to the device; the GPU copies it while it computes."""
+    if run.device.type != "cuda":
+        return tokens.to(run.device)
+    return tokens.pin_memory().to(run.device, non_blocking=True)
+
+
+def gradients(objective: Objective, tokens: Tensor, parts: int, run: Run) -> dict[str, Tensor]:
+    """Add the gradients of one step, `parts` micro-batches, and return its mean losses, still on the device."""
+    found: dict[str, Tensor] = {}
+    for chunk in tokens.chunk(parts):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            values = objective.backward(chunk, 1 / parts)
+        for name, value in values.items():
+            found[name] = found.get(name, 0) + value / parts
+    objective.project()
+    return found
 
 
 def save(objective: Objective, optimizer: torch.optim.Optimizer, names: dict, folder: Path, step: int, state: dict, run: Run) -> None:
@@ -184,10 +209,12 @@ def last_losses(log: Path) -> dict[str, float]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def diverged(objective: Objective, chunks: Sequence[Tensor], losses: dict, step: int, stage: Stage, run: Run) -> Diverged:
-    flags = objective.flags
+def diverged(objective: Objective, batch: Callable[[int], Tensor], step: int, parts: int, stage: Stage, run: Run) -> Diverged:
+    """The error of a step that broke, found again: a step's batch is known, and its weights are still there."""
+    flags, tokens = objective.flags, on_device(batch(step), run)
+    losses = {name: float(value) for name, value in gradients(objective, tokens, parts, run).items()}
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-        where = objective.suspect(chunks, losses)
+        where = objective.suspect(tokens.chunk(parts), losses)
     remedy = ", or try precision=fp32" if run.precision == "bf16" else ""
     return Diverged(
         f"{run.name}: the loss or its gradient is not finite at step {step} (loss {losses['loss']}; "

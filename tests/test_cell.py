@@ -407,7 +407,7 @@ def test_a_cell_that_was_stopped_and_run_again_equals_one_that_never_was(cell, u
 
     name, first = stop
     asked = [step for n, step in trained.asked if n == name]
-    assert asked[1:] == list(range(first, {"stage 1": 2, "stage 2": 3}[name])), "the first is asked for its shape"
+    assert asked == list(range(first, {"stage 1": 2, "stage 2": 3}[name]))
     own = weights(resumed)
     assert own.keys() == undisturbed.weights.keys()
     assert all(torch.equal(own[name], tensor) for name, tensor in undisturbed.weights.items())

@@ -188,17 +188,21 @@ class Lookup(nn.Module):
 
     def __init__(self, shift):
         super().__init__()
-        self.shift, self.weight = shift, nn.Parameter(torch.tensor(30.0))
+        self.shift, self.head, self.base_model = shift, nn.Linear(10, 10, bias=False), self
+        nn.init.eye_(self.head.weight)
+
+    def get_output_embeddings(self):
+        return self.head
 
     def forward(self, input_ids, **kwargs):
-        return SimpleNamespace(logits=F.one_hot((input_ids + self.shift) % 10, 10) * self.weight)
+        return SimpleNamespace(last_hidden_state=30.0 * F.one_hot((input_ids + self.shift) % 10, 10))
 
 
 @pytest.mark.parametrize(("shift", "right"), [(0, False), (1, True), (2, False)])
 def test_the_label_of_a_token_is_the_next_one(shift, right):
     counting = (torch.arange(9) + torch.tensor([[0], [5]])) % 10
     model = Lookup(shift)
-    loss = FineTune(model, parameters=model).backward(counting, 1.0)["loss"]
+    loss = FineTune(model, pretraining=True).backward(counting, 1.0)["loss"]
     assert loss.item() == pytest.approx(0 if right else 30, abs=1e-3)
 
 
@@ -241,7 +245,7 @@ def test_new_parameters_are_told_from_copied_ones(make_teacher):
 
 def test_pre_training_trains_everything_the_embeddings_too(make_teacher):
     model = make_teacher("neox")
-    assert [n for n, *_ in FineTune(model, parameters=model).parameters] == [
+    assert [n for n, *_ in FineTune(model, pretraining=True).parameters] == [
         n for n, _ in model.named_parameters()
     ]
 
