@@ -28,7 +28,7 @@ MIXERS: dict[str, dict[str, bool]] = {
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
 LOSSES = ("ce", "kl", "ce+kl")
 DECAYS = ("head", "channel")
-SCANS = ("auto", "ssd", "selective_scan", "chunked", "recurrent", "naive")
+SCANS = ("auto", "fused", "ssd", "selective_scan", "chunked", "recurrent", "naive")
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "seq_len": (2, math.inf), "checkpoint_every": (1, math.inf),
     "log_every": (1, math.inf), "sequences": (1, math.inf), "batch_size": (1, math.inf), "warmup": (0, 1),

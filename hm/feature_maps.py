@@ -52,7 +52,8 @@ class HedgehogFeatureMap(nn.Module):
             u = torch.einsum("blhd,hed->blhe", x, self.weight) + self.bias
         else:
             u = nn.functional.linear(x, self.weight, self.bias)
-        u = u.float() if u.dtype in (torch.bfloat16, torch.float16) else u
+        if u.dtype in (torch.bfloat16, torch.float16):
+            return _LowPrecisionFeatures.apply(u, self.softmax == "joint").to(x.dtype)
         if self.softmax == "joint":
             features = torch.cat([u, -u], dim=-1).softmax(dim=-1)
         else:
@@ -61,3 +62,25 @@ class HedgehogFeatureMap(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, d={self.head_dim}, per_head={self.per_head}, softmax={self.softmax}"
+
+
+class _LowPrecisionFeatures(torch.autograd.Function):
+    """softmax([u, -u]) computed in float32, of which only the rounded result is kept for the backward pass: the
+    recurrence keeps it anyway, and autograd would keep it in float32 beside that."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, joint: bool) -> Tensor:
+        halves = torch.stack([u, -u], dim=-2).float()  # (..., 2, d)
+        features = halves.flatten(-2).softmax(-1) if joint else halves.softmax(-1).flatten(-2)
+        features = features.to(u.dtype)
+        ctx.save_for_backward(features)
+        ctx.joint = joint
+        return features
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (features,) = ctx.saved_tensors
+        weighted = (features.float() * grad.float()).unflatten(-1, (2, -1))
+        total = weighted.sum((-2, -1), keepdim=True) if ctx.joint else weighted.sum(-1, keepdim=True)
+        by_half = weighted - features.float().unflatten(-1, (2, -1)) * total
+        return (by_half[..., 0, :] - by_half[..., 1, :]).to(grad.dtype), None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hm.adapters import AttentionRecord, adapter_for, capture_attention
-from hm.compile import compiled, regions
+from hm.compile import compiled, regions, unmasked
 from hm.convert import is_new, trainable
 from hm.losses import cosine_loss, next_token_loss
 from hm.mixer import BaseMixer, SelectiveDecay
@@ -58,6 +58,7 @@ class Objective(ABC):
     flags = "stage2."
     compiled = False
     model: PreTrainedModel
+    teacher: PreTrainedModel | None = None
     parameters: list[tuple[str, nn.Parameter, bool]]
 
     def regions(self) -> list[nn.Module]:
@@ -73,7 +74,10 @@ class Objective(ABC):
         """While the context lasts, `backward` uses torch.compile and activation checkpointing as asked."""
         self.compiled = compile
         try:
-            with regions(self.regions() if compile else [], self.recomputed() if checkpointing else []):
+            with (
+                regions(self.regions() if compile else [], self.recomputed() if checkpointing else []),
+                unmasked([decoder(m) for m in (self.model, self.teacher) if m is not None] if compile else []),
+            ):
                 yield
         finally:
             self.compiled = False
@@ -122,6 +126,7 @@ class Align(Objective):
     """
 
     flags = "stage1."
+    teacher: PreTrainedModel
 
     def __init__(self, teacher: PreTrainedModel, student: StudentForCausalLM, feed: str = "teacher"):
         self.teacher, self.feed = teacher.eval(), feed

@@ -12,12 +12,14 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hm.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from hm.compile import Replayed
 from hm.config import Stage
 from hm.errors import UserError
 from hm.files import atomic_write
@@ -104,12 +106,15 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     )
     objective.model.eval()  # a teacher's config may ask for dropout: the student learns what the teacher computes
     broken = torch.full((), -1, device=run.device)  # the first step whose loss or gradient was not finite
-    running = objective.running(cuda if run.compile is None else run.compile, run.checkpointing)
+    compile = cuda if run.compile is None else run.compile
+    running = objective.running(compile, run.checkpointing)
+    step_gradients = partial(gradients, objective, parts=parts, run=run)
+    replayed = Replayed(step_gradients) if compile and cuda else None
     with bar, open(log, "a") as out, running:
         for step in range(first, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, stage)
-            found = gradients(objective, tokens, parts, run)
+            found = (replayed or step_gradients)(tokens)
             norm = torch.nn.utils.clip_grad_norm_(list(names), stage.clip if stage.clip > 0 else math.inf)
             finite = torch.isfinite(found["loss"] + norm)
             broken = torch.where((broken < 0) & ~finite, step, broken)
@@ -120,7 +125,8 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
             if (logged or saved or not ahead) and broken >= 0:
                 raise diverged(objective, batch, int(broken), parts, stage, run)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if replayed is None or not replayed.recorded:
+                optimizer.zero_grad(set_to_none=True)
             bar.update(per_step)
             if step + 1 < steps:
                 tokens = on_device(batch(step + 1), run)
@@ -134,6 +140,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
                 out.flush()
                 spent = seconds + time.perf_counter() - start
                 save(objective, optimizer, names, folder, step + 1, {"seconds": spent}, run)
+    optimizer.zero_grad(set_to_none=True)
     if cuda:
         torch.cuda.synchronize(run.device)
     seconds += time.perf_counter() - start

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from hm.bench.report import peak_memory, reset_peak, seconds_of, table, write
+from hm.bench.report import Column, peak_memory, reset_peak, seconds_of, table, write
 from hm.bench.shapes import attention_shape
 from hm.config import tokens
 from hm.errors import UserError
 from hm.ops import SCANS, linear_recurrence, resolve_scan
 
-COLUMNS = {
+COLUMNS: dict[str, Column] = {
     "shape": str, "scan": str, "seq_len": str, "batch": str, "forward_ms": "{:.3f}".format, "backward_ms": "{:.3f}".format,
     "ns_per_token": "{:.1f}".format, "peak_memory_bytes": lambda b: f"{b / 2**30:.2f} GiB", "status": str,
 }  # fmt: skip
@@ -46,7 +47,7 @@ def inputs(shape: str, scan: str, batch: int, length: int, device: torch.device,
 
 def measure(shape: str, scan: str, batch: int, length: int, device: torch.device, repeat: int) -> dict:
     """One row: the times of a forward and of a backward pass in ms, and the peak of memory beyond the inputs."""
-    row = {"shape": shape, "scan": scan, "seq_len": length, "batch": batch, "status": "ok"}
+    row: dict[str, Any] = {"shape": shape, "scan": scan, "seq_len": length, "batch": batch, "status": "ok"}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     s = attention_shape(shape)
     row |= {"heads": s.num_heads, "kv_heads": s.num_kv_heads, "head_dim": s.head_dim, "d_state": 2 * s.head_dim}
@@ -54,10 +55,12 @@ def measure(shape: str, scan: str, batch: int, length: int, device: torch.device
         if scan != "attention":
             resolve_scan(scan, device, d_state=2 * s.head_dim)
         given = inputs(shape, scan, batch, length, device, dtype)
-        if scan == "attention":
-            forward = lambda: attention(*given)  # noqa: E731
-        else:
-            forward = lambda: linear_recurrence(*given, scan=scan)  # noqa: E731
+
+        def forward() -> torch.Tensor:
+            y = attention(*given) if scan == "attention" else linear_recurrence(*given, scan=scan)
+            assert isinstance(y, torch.Tensor)
+            return y
+
         reset_peak(device)
         before = peak_memory(device)
         dy = torch.randn_like(forward())
@@ -82,7 +85,7 @@ def measure(shape: str, scan: str, batch: int, length: int, device: torch.device
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m hm.bench operator", description=__doc__.splitlines()[0],
+    p = argparse.ArgumentParser(prog="python -m hm.bench operator", description=(__doc__ or "").splitlines()[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     p.add_argument("--shapes", default="smollm2", help="teachers' shapes, by comma")
     p.add_argument("--scans", default="auto,attention", help=f"back ends, by comma: {', '.join(SCANS)}, or attention")

@@ -16,6 +16,7 @@ from hm.files import atomic_write, to_json
 from hm.provenance import provenance
 
 SCHEMA = 1
+Column = Callable[[Any], str]
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,7 +71,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def table(rows: Sequence[dict], columns: dict[str, Callable[[Any], str]]) -> str:
+def table(rows: Sequence[dict], columns: dict[str, Column]) -> str:
     """A Markdown table of `rows`; columns: name -> how its value is written. Missing values are dashes."""
     cells = [[form(row[name]) if row.get(name) is not None else "–" for name, form in columns.items()] for row in rows]
     widths = [max(len(c) for c in column) for column in zip(list(columns), *cells, strict=True)]

@@ -15,14 +15,14 @@ definition, written out; every other back end is tested against it.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hm.errors import UserError
+from hm.ops import fused, ssd
 from hm.ops import selective_scan as selective_scan_module
-from hm.ops import ssd
 from hm.ops.chunked import chunked_scan
 from hm.ops.naive import naive_scan
 from hm.ops.recurrent import accumulation_dtype, is_per_channel, recurrent_scan, step
@@ -38,13 +38,14 @@ class BackEnd(NamedTuple):
 
 
 BACK_ENDS = {
+    "fused": BackEnd(fused.fused_scan, fused.refusal),
     "ssd": BackEnd(ssd.ssd_scan, ssd.refusal),
     "selective_scan": BackEnd(selective_scan_module.selective_scan, selective_scan_module.refusal),
     "chunked": BackEnd(chunked_scan),
     "recurrent": BackEnd(recurrent_scan),
     "naive": BackEnd(naive_scan),
 }
-AUTO = {"head": ("ssd", "chunked"), "channel": ("selective_scan", "chunked")}
+AUTO = {"head": ("fused", "chunked"), "channel": ("selective_scan", "chunked")}
 """What `scan=auto` takes, by the form of the decay: the first that does not refuse."""
 SCANS = ("auto", *BACK_ENDS)
 
@@ -118,9 +119,9 @@ def linear_recurrence(
     _check_shapes(q, k, v, delta, A, initial_state, chunk_size, normalize)
     decay = "channel" if is_per_channel(q, delta, A) else "head"
     scan = resolve_scan(scan, q.device, q.shape[-1], decay, accumulation_dtype(q, k, v))
-    options = {"chunk_size": chunk_size} if scan == "chunked" else {}
+    only: dict[str, dict[str, Any]] = {"chunked": {"chunk_size": chunk_size}, "fused": {"return_state": return_state}}
     with torch.autocast(q.device.type, enabled=False):
-        y, state = BACK_ENDS[scan].run(q, k, v, delta, A, initial_state, normalize=normalize, **options)
+        y, state = BACK_ENDS[scan].run(q, k, v, delta, A, initial_state, normalize=normalize, **only.get(scan, {}))
     y = y.to(v.dtype)
     return (y, state) if return_state else y
 

@@ -49,6 +49,20 @@ def tile(base, row, column, row_stride, column_stride, rows, columns):
 
 
 @triton.jit
+def times_vector(base, vector, row, row_stride, rows, N, C: tl.constexpr, BN: tl.constexpr):
+    """Rows of a matrix times a float32 vector: (C,).
+
+    In a loop of its own: Triton 3.6 overwrites, now and then, a tile that a pipelined loop uses in a matrix product
+    and outside of one (seen on Hopper: other results from run to run).
+    """
+    total = tl.zeros((C,), tl.float32)
+    for first in tl.range(0, N, BN, num_stages=1):
+        n = first + tl.arange(0, BN)
+        total += tl.sum(tile(base, row, n, row_stride, 1, rows, N) * tl.load(vector + n, mask=n < N, other=0.0)[None, :], 1)
+    return total
+
+
+@triton.jit
 def states_kernel(
     k, v, delta, A, initial, states, norms, last, L, H, R, N, P, chunks, k_b, k_l, k_g, v_b, v_l, v_g,
     C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DECAY: tl.constexpr,
@@ -99,14 +113,14 @@ def output_kernel(
     q += b * q_b + h * q_h
     k += b * k_b + h // R * k_g
     v += b * v_b + h // R * v_g
-    scores, out, below = tl.zeros((C, C), tl.float32), tl.zeros((C, BP), tl.float32), tl.zeros((C,), tl.float32)
+    scores, out = tl.zeros((C, C), tl.float32), tl.zeros((C, BP), tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         q_t = tile(q, t, n, q_l, 1, L, N)
         scores = tl.dot(q_t, tile(k, n, t, 1, k_l, N, L), scores, input_precision="ieee")
         out = tl.dot(q_t, tile(states + at * N * P, n, p, P, 1, N, P), out, input_precision="ieee")
-        if NORM:
-            below += tl.sum(q_t * tl.load(norms + at * N + n, mask=n < N, other=0.0)[None, :], 1)
+    if NORM:
+        below = times_vector(q, norms + at * N, t, q_l, L, N, C, BN)
     d, log_decay, _ = chunk_decay(delta, A, b, h, i, L, H, C, HAS_DELTA, HAS_DECAY)
     scores *= causal(log_decay, C, False, HAS_DECAY) * d[None, :]
     v_s = tile(v, t, p, v_l, 1, L, P)
@@ -131,10 +145,10 @@ def scale_kernel(
     given = tile(dy + b * dy_b + h * dy_h, t, p, dy_l, 1, L, P).to(tl.float32)
     at, inside = (b * L + t) * H + h, (t < L)[:, None] & (p < P)[None, :]
     found = tl.load(y + at[:, None] * P + p[None, :], mask=inside, other=0.0).to(tl.float32)
-    below = tl.load(den + at, mask=t < L, other=1.0) if NORM else 1.0
-    along = -tl.sum(given * found, 1) / below
+    along = -tl.sum(given * found, 1)
     if NORM:
-        given = given / below[:, None]
+        below = tl.load(den + at, mask=t < L, other=1.0)
+        along, given = along / below, given / below[:, None]
     tl.store(g + at[:, None] * P + p[None, :], given.to(g.dtype.element_ty), mask=inside)
     tl.store(gz + at, along, mask=t < L)
 
@@ -264,14 +278,12 @@ def dv_kernel(
     s, p, at = i * C + tl.arange(0, C), i_p * BP + tl.arange(0, BP), bh * chunks + i
     q += b * q_b + h * q_h
     k += b * k_b + h // R * k_g
-    scores, out, ones = tl.zeros((C, C), tl.float32), tl.zeros((C, BP), tl.float32), tl.zeros((C,), tl.float32)
+    scores, out = tl.zeros((C, C), tl.float32), tl.zeros((C, BP), tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         k_s = tile(k, s, n, k_l, 1, L, N)
         scores = tl.dot(k_s, tile(q, n, s, 1, q_l, N, L), scores, input_precision="ieee")
         out = tl.dot(k_s, tile(exits + at * N * P, n, p, P, 1, N, P), out, input_precision="ieee")
-        if NORM and (HAS_DELTA or HAS_DECAY):
-            ones += tl.sum(k_s * tl.load(exit_norms + at * N + n, mask=n < N, other=0.0)[None, :], 1)
     d, log_decay, whole = chunk_decay(delta, A, b, h, i, L, H, C, HAS_DELTA, HAS_DECAY)
     to_end = tl.exp(whole - log_decay)
     scores *= causal(log_decay, C, True, HAS_DECAY)
@@ -281,6 +293,7 @@ def dv_kernel(
         part = tl.sum(out * tile(v + b * v_b + h // R * v_g, s, p, v_l, 1, L, P), 1)
         if NORM and i_p == 0:
             below = tl.load(gz + (b * L + s) * H + h, mask=s < L, other=0.0)
+            ones = times_vector(k, exit_norms + at * N, s, k_l, L, N, C, BN)
             part += ones * to_end + tl.sum(scores * below[None, :], 1)
         rows = tl.num_programs(2) // H * L
         tl.store(dweight + (i_p * rows + b * L + s) * H + h, part, mask=s < L)

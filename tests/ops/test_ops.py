@@ -3,17 +3,18 @@ import torch
 
 from hm import config
 from hm.errors import UserError
-from hm.ops import SCANS, _announce, kernels, linear_recurrence, resolve_scan, selective_scan, ssd
+from hm.ops import SCANS, _announce, fused, kernels, linear_recurrence, resolve_scan, selective_scan, ssd
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    """installed(*names): of mamba-ssm's kernels these can be imported, and no other."""
+    """installed(*names): of mamba-ssm's kernels (and "triton") these can be imported, and no other."""
 
     def pretend(*names):
         monkeypatch.setattr(
             kernels, "why_unavailable", lambda module, name: None if name in names else "No module named 'einops'"
         )
+        monkeypatch.setattr(fused, "_has_triton", lambda: "triton" in names)
 
     return pretend
 
@@ -30,8 +31,8 @@ def test_auto_is_chunked_without_cuda(decay):
 @pytest.mark.parametrize(
     ("names", "head", "channel"),
     [
-        ([SSD, SELECTIVE], "ssd", "selective_scan"),
-        ([SSD], "ssd", "chunked"),
+        (["triton", SSD, SELECTIVE], "fused", "selective_scan"),
+        (["triton"], "fused", "chunked"),
         ([], "chunked", "chunked"),
     ],
 )
@@ -44,13 +45,13 @@ def test_auto_on_cuda_goes_by_the_form_of_the_decay_and_by_what_is_installed(ins
 
 def test_auto_says_once_what_it_took_and_why(installed, capsys):
     _announce.cache_clear()
-    installed(SSD)
+    installed("triton")
     for _ in range(3):
         resolve_scan("auto", "cuda", 128)
         resolve_scan("auto", "cuda", 128, "channel")
         resolve_scan("chunked", "cuda", 128)
     assert capsys.readouterr().err.splitlines() == [
-        "scan=auto takes ssd for decay=head: the fastest here",
+        "scan=auto takes fused for decay=head: the fastest here",
         "scan=auto takes chunked for decay=channel: selective_scan needs mamba-ssm, which can't be imported here "
         "(No module named 'einops'; see the extra hedgemamba[cuda])",
     ]
@@ -61,6 +62,8 @@ def test_kernels_are_refused_where_they_can_not_run(installed, scan):
     with pytest.raises(UserError, match=rf"scan={scan} needs a CUDA device, not cpu: use scan=chunked or scan=auto"):
         resolve_scan(scan, "cpu", 128)
     installed()
+    with pytest.raises(UserError, match="scan=fused needs Triton, which is not installed: use scan=chunked"):
+        resolve_scan("fused", "cuda", 128)
     with pytest.raises(UserError, match=rf"scan={scan} needs mamba-ssm.*'einops'.*hedgemamba\[cuda\].*use scan=chunked"):
         resolve_scan(scan, "cuda", 128)
     with pytest.raises(UserError, match=rf"scan={scan} computes in float32 at most, not in float64: use scan=chunked"):
@@ -80,13 +83,13 @@ def test_the_setting_offers_every_back_end():
 
 
 def test_an_unknown_scan_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"scan=chunk is not known: use one of auto, ssd, selective_scan, chunked"):
+    with pytest.raises(UserError, match=r"scan=chunk is not known: use one of auto, fused, ssd, selective_scan, chunked"):
         resolve_scan("chunk", "cpu", 128)
 
 
 def test_every_named_scan_but_the_kernels_runs_on_a_cpu():
     q, k, v = torch.rand(1, 5, 2, 4), torch.rand(1, 5, 2, 4), torch.rand(1, 5, 2, 3)
-    for scan in set(SCANS) - {"ssd", "selective_scan"}:
+    for scan in set(SCANS) - {"fused", "ssd", "selective_scan"}:
         assert linear_recurrence(q, k, v, scan=scan).shape == (1, 5, 2, 3)
 
 
