@@ -134,10 +134,9 @@ class Cell:
             named = {tuple(p.values()): m for m, p in reversed(MIXERS.items()) if KINDS[m] is Mixer}
             parts = (bool(s.ssm), bool(s.conv), bool(s.gate))
             mixer = s.mixer if KINDS[s.mixer] is not Mixer else named.get(parts, self.parts.strip("+").replace("+", "_"))
-            base = f"{mixer}-{share:.3g}-{100 - share:.3g}"
+            base = f"{mixer}{'-channel' if s.decay == 'channel' else ''}-{share:.3g}-{100 - share:.3g}"
         else:
             base = s.recipe
-        base += "-channel" if self.is_student and s.decay == "channel" else ""
         base += "-hybrid" if self.is_student and s.keep_attention else ""
         return base if self.untouched else f"{base}-s{s.seed}"
 

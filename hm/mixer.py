@@ -91,6 +91,12 @@ def inverse_softplus(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+def step_size(proj: nn.Linear, x: Tensor) -> Tensor:
+    """delta = softplus(W x + b) in float32, and b added there: at softplus^-1(0.001) = -6.9 a bfloat16 is so coarse
+    that delta would come in steps of 3%."""
+    return F.softplus(F.linear(x, proj.weight).float() + proj.bias.float())
+
+
 class CausalConv(nn.Module):
     """Depthwise causal convolution over time. x: (B, L, C) -> (B, L, C), and the last width - 1 inputs."""
 
@@ -154,8 +160,7 @@ class SelectiveDecay(nn.Module):
             self.A.grad.masked_fill_((self.A <= 0) & (self.A.grad > 0), 0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        delta = F.softplus(self.up(self.down(u)).float())
-        return delta.unflatten(-1, self.steps_shape), Decay.apply(self.A)
+        return step_size(self.up, self.down(u)).unflatten(-1, self.steps_shape), Decay.apply(self.A)
 
 
 class Gate(nn.Module):
@@ -344,7 +349,7 @@ class MambaMixer(BaseMixer):
             state.conv = tail
         q, k, v = F.silu(u).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k, v = (t.reshape(b, length, -1, self.shape.head_dim) for t in (q, k, v))
-        delta = F.softplus(self.dt_proj(x).float())
+        delta = step_size(self.dt_proj, x)
         if keep is not None:
             k, v, delta = k * keep[..., None], v * keep[..., None], delta * keep.to(delta.dtype)
         y = self.recur(q, k, v, delta, self.A_log.float().exp(), state, normalize=False)

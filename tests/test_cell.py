@@ -465,6 +465,7 @@ def test_text_may_stand_under_another_key(cell, tmp_path):
 def test_a_hybrid_is_called_one(cell):
     assert cell(recipe="one_step", stage1_tokens=None, keep_attention=2).name == "one_step-hybrid-s0"
     assert cell(row="mine", keep_attention=2).name == "mine-hybrid-s0"
+    assert cell(decay="channel").name == cell().name.replace("hedgemamba", "hedgemamba-channel")
 
 
 def test_force_does_not_go_on_from_an_interrupted_run(cell, trained):

@@ -226,6 +226,15 @@ def test_per_channel_the_decay_starts_at_zero_too_and_every_heads_deltas_are_spr
     torch.testing.assert_close(delta, expected.expand(B, L, H, d), rtol=1e-4, atol=0)
 
 
+def test_delta_keeps_float32s_precision_under_bfloat16_autocast():
+    ssm = SelectiveDecay(D, H, (50, 2))
+    ssm.reset_parameters()
+    expected, _ = ssm(torch.randn(1, 2, D))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        delta, _ = ssm(torch.randn(1, 2, D))
+    torch.testing.assert_close(delta, expected, rtol=1e-6, atol=0)
+
+
 def test_a_decay_at_zero_lets_through_a_gradient_that_would_raise_it_and_no_other():
     ssm = SelectiveDecay(D, 6)
     ssm.reset_parameters()

@@ -13,6 +13,10 @@ from torch import Tensor
 from hm.ops.chunked_channel import chunked_channel_scan
 from hm.ops.recurrent import accumulation_dtype, divide, is_per_channel
 
+SEGMENT_ELEMENTS = 2**21
+"""On a CPU the chunks are taken by so many elements of q (8 MiB in float32) at a time: whole tensors of a long sequence
+fall out of the caches and are mapped anew at every step, which made a token of 32k cost 2.5 times that of 1k."""
+
 
 def chunked_scan(
     q: Tensor,
@@ -33,10 +37,28 @@ def chunked_scan(
     if is_per_channel(q, delta, A):
         return chunked_channel_scan(q, k, v, delta, A, initial_state, normalize=normalize, chunk_size=chunk_size)
     (B, L, H, N), G = q.shape, k.shape[2]
-    R, c = H // G, min(chunk_size, L)
-    n, pad = -(-L // c), -L % c
+    R, c, P = H // G, min(chunk_size, L), v.shape[-1] + normalize
     dtype = accumulation_dtype(q, k, v)
-    S = 1 if delta is None and A is None and initial_state is None else R
+    if initial_state is not None:
+        h = initial_state.to(dtype).view(B, G, R, N, P).transpose(-1, -2)
+    else:
+        h = torch.zeros(B, G, 1 if delta is None and A is None else R, P, N, dtype=dtype, device=q.device)
+    segment = max(1, SEGMENT_ELEMENTS // (B * c * H * N)) * c if q.device.type == "cpu" else L
+    deltas = [None] * -(-L // segment) if delta is None else delta.split(segment, dim=1)
+    outputs = []
+    for q_s, k_s, v_s, delta_s in zip(*(t.split(segment, dim=1) for t in (q, k, v)), deltas, strict=True):
+        y, h = _segment(h, q_s, k_s, v_s, delta_s, A, normalize, min(c, q_s.shape[1]))
+        outputs.append(y)
+    state = h.transpose(-1, -2).expand(B, G, R, N, P).reshape(B, H, N, P)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
+
+
+def _segment(
+    h: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor | None, A: Tensor | None, normalize: bool, c: int
+) -> tuple[Tensor, Tensor]:
+    """h: (B, G, S, P, N), the state before; the others as in `chunked_scan`. Returns y: (B, L, H, P) and h after."""
+    (B, L, H, N), G = q.shape, k.shape[2]
+    R, S, n, pad, dtype = H // G, h.shape[2], -(-L // c), -L % c, h.dtype
 
     def chunks(x: Tensor, heads: tuple[int, ...]) -> Tensor:
         """(B, L, heads, X) -> (B, n, heads, c, X), zero-padded: such a token adds and decays nothing."""
@@ -68,28 +90,22 @@ def chunked_scan(
 
     to_end = vT if A is None else vT * (log_decay[..., -1:] - log_decay).exp()[..., None, :]
     added = (to_end.reshape(B, n, G, S * P, c) @ k).view(B, n, G, S, P, N)
-    h = None if initial_state is None else initial_state.to(dtype).view(B, G, R, N, P).transpose(-1, -2)
     if A is None:
-        first = torch.zeros_like(added[:, :1]) if h is None else h[:, None]
-        states = torch.cat([first, added], dim=1).cumsum(1)
+        states = torch.cat([h[:, None], added], dim=1).cumsum(1)  # before each chunk and after the last
     else:
         states = _scan(h, added, log_decay[..., -1].exp())
-    if n > 1 or h is not None:
-        carried = q @ states[:, :-1].transpose(-1, -2)
-        y = y + (carried if A is None else carried * log_decay.exp()[..., None])
+    carried = q @ states[:, :-1].transpose(-1, -2)
+    y = y + (carried if A is None else carried * log_decay.exp()[..., None])
 
     y = divide(y) if normalize else y
-    y = y.view(B, n, G, R, c, -1).movedim(-2, 2).reshape(B, n * c, H, -1)[:, :L]
-    state = states[:, -1].transpose(-1, -2).expand(B, G, R, N, P).reshape(B, H, N, P)
-    return y, state
+    return y.view(B, n, G, R, c, -1).movedim(-2, 2).reshape(B, n * c, H, -1)[:, :L], states[:, -1]
 
 
-def _scan(h: Tensor | None, added: Tensor, decay: Tensor) -> Tensor:
+def _scan(h: Tensor, added: Tensor, decay: Tensor) -> Tensor:
     """States before each chunk and after the last: (B, n + 1, G, S, P, N).
 
-    h: (B, G, S, P, N) or None for zeros; added: (B, n, G, S, P, N); decay: (B, n, G, S), over a whole chunk.
+    h: (B, G, S, P, N); added: (B, n, G, S, P, N); decay: (B, n, G, S), over a whole chunk.
     """
-    h = torch.zeros_like(added[:, 0]) if h is None else h
     states = [h]
     for added_here, decay_here in zip(added.unbind(1), decay[..., None, None].unbind(1), strict=True):
         h = torch.addcmul(added_here, h, decay_here)

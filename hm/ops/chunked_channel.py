@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hm.ops.recurrent import accumulation_dtype, complete, divide
 
-BLOCK_ELEMENTS = 2**22
-"""The states of a block have no more elements than this (or one token): 16 MiB in float32."""
+BLOCK_ELEMENTS, LEAST_BLOCK = 2**20, 16
+"""A block has at most so many elements of state (4 MiB in float32, to stay in the caches), but at least LEAST_BLOCK
+tokens, since one state per block is kept for the backward pass."""
 
 
 def chunked_channel_scan(
@@ -37,7 +38,7 @@ def chunked_channel_scan(
         h = torch.zeros(B, H, kinds, P, N, dtype=dtype, device=q.device)
     else:
         h = initial_state.to(dtype).view(B, H, N, kinds, P).movedim(2, -1)
-    block = max(1, min(chunk_size, BLOCK_ELEMENTS // h.numel()))
+    block = min(chunk_size, max(LEAST_BLOCK, BLOCK_ELEMENTS // h.numel()))
     outputs = []
     for q_c, k_c, v_c, delta_c in zip(*(t.split(block, dim=1) for t in (q, k, v, delta)), strict=True):
         if torch.is_grad_enabled() and block < L:

@@ -129,6 +129,17 @@ def test_extreme_decays_give_no_nan_in_either_direction(rate, scan):
     assert all(torch.isfinite(t.grad).all() for t in given)
 
 
+def test_the_chunked_form_keeps_little_for_the_backward_pass():
+    def kept(scan):
+        numels = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numels.append(t.numel()) or t, lambda t: t):
+            linear_recurrence(*(t.requires_grad_() for t in inputs(1, 64, 2, 2, 16, 8)), scan=scan, chunk_size=16)
+        return sum(numels)
+
+    states_between_blocks = 64 // 16 * (2 * 16 * 2 * 8)  # a checkpoint's inputs are not counted by the hooks
+    assert kept("chunked") + states_between_blocks < kept("recurrent") / 10
+
+
 @pytest.mark.parametrize("constant", [1e-4, 30.0])
 def test_a_constant_delta_of_each_channel_cancels_without_decay(constant):
     q, k, v, _, _ = inputs(2, 300, 2, 2, 16, 8)

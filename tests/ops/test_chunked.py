@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hm.ops import linear_recurrence
+from hm.ops import chunked, linear_recurrence
 
 CHUNK = 64
 LENGTHS = [1, CHUNK - 1, CHUNK, CHUNK + 1, 1000]
@@ -110,6 +110,19 @@ def test_the_chunk_size_does_not_change_the_result(chunk_size):
     args = inputs(1, 100, 2, 1, 8, 4, True, True)
     y = linear_recurrence(*args, chunk_size=chunk_size)
     assert error_ratio(y, reference(*args)) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_a_long_sequence_taken_in_segments_gives_the_same_in_both_directions(monkeypatch, decay):
+    results = []
+    for elements in (2**21, 1):  # all chunks at once, and one at a time
+        monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", elements)
+        given = [t.requires_grad_() for t in inputs(2, 100, 4, 2, 8, 4, True, True)[: 5 if decay else 3]]
+        y, state = linear_recurrence(*given, chunk_size=16, return_state=True)
+        loss = y.square().sum() + state.square().sum()
+        results.append([y, state, *torch.autograd.grad(loss, given)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("constant", [1e-4, 1.0, 30.0])

@@ -5,7 +5,7 @@ import torch
 
 from hm.ops import selective_scan as module
 from hm.ops.naive import naive_scan
-from hm.ops.selective_scan import MAX_STATE, selective_scan
+from hm.ops.selective_scan import selective_scan
 
 
 def twin(u, delta, A, B, C, return_last_state):
@@ -17,7 +17,7 @@ def twin(u, delta, A, B, C, return_last_state):
     assert u.dtype == delta.dtype == B.dtype == C.dtype
     assert u.dtype in (torch.float32, torch.bfloat16)
     assert A.dtype == torch.float32
-    assert states <= MAX_STATE
+    assert states <= 256
     assert delta.shape == u.shape
     assert A.shape == (dim, states)
     assert B.shape == C.shape == (batch, groups, states, length)
