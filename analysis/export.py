@@ -50,7 +50,7 @@ def _plain(column: pd.Series) -> pd.Series:
 def keep_records(runs: str | Path, frame: pd.DataFrame, study: str, out: str | Path) -> None:
     """Copy a study's records to <out>/<study>/records/, so that its numbers stay with its tables.
 
-    With each go its losses.npy (per validation sequence) and a thinned metrics.jsonl, where they are. Records that
+    With each go its losses.json (per validation sequence) and a thinned metrics.jsonl, where they are. Records that
     already lie below `out` are left where they are.
     """
     for name in frame.loc[frame["study"] == study, "path"]:
@@ -59,8 +59,8 @@ def keep_records(runs: str | Path, frame: pd.DataFrame, study: str, out: str | P
             continue
         folder = Path(out) / folder_name(study) / "records" / source.name
         write_file(folder / "record.json", (source / "record.json").read_bytes(), out)
-        if (source / "losses.npy").is_file():
-            write_file(folder / "losses.npy", (source / "losses.npy").read_bytes(), out)
+        if (source / "losses.json").is_file():
+            write_file(folder / "losses.json", (source / "losses.json").read_bytes(), out)
         if (source / "metrics.jsonl").is_file():
             write_file(folder / "metrics.jsonl", thinned((source / "metrics.jsonl").read_bytes()), out)
 

@@ -53,27 +53,28 @@ def _commands(table: Table) -> dict[str, list[str]]:
     return made
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """`text` on one line, with what Markdown and HTML would take for their own escaped."""
     text = re.sub(r"([\\`*|\[\]$~]|(?<!\w)_|_(?!\w))", r"\\\1", _line(text))
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=#?\w+;)", "&amp;", text))
 
 
 def to_markdown(table: Table) -> str:
     """A heading, the caption, a table that is aligned in a terminal too, the notes and the commands."""
-    lines = [f"### {_markdown_text(table.name)}", "", _markdown_text(table.caption)]
+    lines = [f"### {markdown_text(table.name)}", "", markdown_text(table.caption)]
     blocks = _blocks(table)
     for title, columns in blocks:
         if len(blocks) > 1:
             lines += ["", f"{title}:"]
-        grid = [[_markdown_text(c.header) for c in columns]]
-        grid += [[_marked(_markdown_text(shown(row, c)), row, c, _MARKDOWN_MARKS) for c in columns] for row in table.rows]
+        grid = [[markdown_text(c.header) for c in columns]]
+        grid += [[_marked(markdown_text(shown(row, c)), row, c, _MARKDOWN_MARKS) for c in columns] for row in table.rows]
         widths = [max(3, *map(len, texts)) for texts in zip(*grid, strict=True)]
         rule = ["-" * widths[0], *["-" * (w - 1) + ":" for w in widths[1:]]]
         lines.append("")
         for texts in [grid[0], rule, *grid[1:]]:
             padded = [t.rjust(w) for t, w in zip(texts[1:], widths[1:], strict=True)]
             lines.append(f"| {' | '.join([texts[0].ljust(widths[0]), *padded])} |")
-    lines += ["", *[f"- {_markdown_text(note)}" for note in table.notes]]
+    lines += ["", *[f"- {markdown_text(note)}" for note in table.notes]]
     if commands := _commands(table):
         longest = max((len(run) for c in commands for run in re.findall("`+", c)), default=0)
         fence = "`" * max(3, longest + 1)

@@ -25,7 +25,7 @@ YARDSTICK = tuple(f"settings.{s}" for s in ("teacher", "data", "validation", "se
 # Settings that say how or where a cell is run or what else is measured, not what is trained.
 OPERATIONAL = {f"settings.{s}" for s in (
     "seed", "study", "row", "scale", "force", "device", "scan", "compile", "checkpoint_every", "log_every", "export",
-    "default_budget", "stage1.micro_batch", "stage2.micro_batch")}
+    "default_budget", "checkpointing", "stage1.micro_batch", "stage2.micro_batch")}
 # Settings that a recipe doesn't read.
 UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "stage1.", "feature_map.", "mamba.",
                                                 "keep_attention"),
