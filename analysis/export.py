@@ -70,9 +70,11 @@ def thinned(log: bytes, lines: int = LOG_LINES) -> bytes:
     stages: dict[Any, list[bytes]] = {}
     for line in log.splitlines(keepends=True):
         try:
-            stages.setdefault(json.loads(line).get("stage"), []).append(line)
-        except (ValueError, AttributeError):
+            value = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(value, dict):
+            stages.setdefault(str(value.get("stage")), []).append(line)
     kept = []
     for of_stage in stages.values():
         step = max(1, -(-len(of_stage) // lines))

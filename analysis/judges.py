@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from analysis import paper
 from analysis.places import Cells, Place
-from analysis.rows import Record, human, natural, split_of
+from analysis.rows import Record, human
 from analysis.stats import LEVEL, Difference, accuracy_difference, difference, holm
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
@@ -110,14 +110,10 @@ def _baselines(place: Place, split: str, student: Cells) -> tuple[Cells | None, 
     return (min(same or plain, key=lambda c: c.ppl, default=None), min(wide, key=lambda c: c.ppl, default=None))
 
 
-def _splits(place: Place) -> list[str]:
-    return sorted({split_of(r) for r in place.students}, key=natural)
-
-
 def _ahead(place: Place, root: str) -> Finding | None:
     """C2 at one place."""
     case, pairs, students = Case(place, root), [], []
-    for split in _splits(place):
+    for split in place.splits:
         pair = place.matched(("hedgemamba", split), ("hedgehog", split))
         if pair is None:
             continue
@@ -183,7 +179,7 @@ def parts(places: Sequence[Place], root: str) -> Iterator[Finding]:
     """C4, at the split that has the most of its cells."""
     ladder = ("hedgehog", "ssm", "ssm_conv", "hedgemamba")
     for place in places:
-        run = {s: [m for m in ladder if place.variants(m, s)] for s in _splits(place)}
+        run = {s: [m for m in ladder if place.variants(m, s)] for s in place.splits}
         split = max(run, key=lambda s: len(run[s]), default=None)
         if split is None or not {"ssm", "ssm_conv"} & set(run[split]):
             continue
@@ -226,7 +222,7 @@ def _own(place: Place, a: str, b: str, split: str) -> str:
 def splits(places: Sequence[Place], root: str) -> Iterator[Finding]:
     """C5."""
     for place in places:
-        others = [s for s in _splits(place) if s not in ("10/90", "?/?") and _stage1(s) not in range(1, 50) and place.best("hedgemamba", s)]
+        others = [s for s in place.splits if s != "10/90" and _stage1(s) not in range(1, 50) and place.best("hedgemamba", s)]
         light = place.best("hedgemamba", "10/90")
         if light is None or not others:
             continue
@@ -236,7 +232,7 @@ def splits(places: Sequence[Place], root: str) -> Iterator[Finding]:
             pair = place.matched(("hedgemamba", "10/90"), ("hedgemamba", split))
             if pair and (d := case.compare(*pair)):
                 found[split] = d
-        for split in _splits(place):
+        for split in place.splits:
             if split not in (*others, "10/90") and (near := place.best("hedgemamba", split)):
                 case.compare(light, near, "light too: does not decide")
         adjusted = dict(zip(found, holm(list(found.values())), strict=True))
@@ -252,7 +248,7 @@ def splits(places: Sequence[Place], root: str) -> Iterator[Finding]:
 
 
 def _stage1(split: str) -> int:
-    return round(float(split.partition("/")[0])) if split != "?/?" else -1
+    return round(float(split.partition("/")[0]))
 
 
 def budgets(places: Sequence[Place], root: str) -> Iterator[Finding]:
@@ -289,8 +285,8 @@ def _curve(group: Sequence[Place], split: str) -> list[Cells]:
     by_settings: dict[tuple, list[Cells]] = {}
     for place in group:
         for cells in place.variants("hedgemamba", split):
-            cells.name = f"hedgemamba {human(place.budget)}"
-            by_settings.setdefault(tuple(sorted(cells.settings.items())), []).append(cells)
+            named = replace(cells, name=f"hedgemamba {human(place.budget)}")
+            by_settings.setdefault(tuple(sorted(cells.settings.items())), []).append(named)
     return max(by_settings.values(), key=len, default=[])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from analysis.rows import (
     TEACHERS,
@@ -56,16 +57,33 @@ class Place:
     size: float
     yard: list[Record]
     notes: list[str] = field(default_factory=list)
+    known: dict[tuple[str, str, str], list[Cells]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def students(self) -> list[Record]:
         return [r for r in self.yard if r.get("settings.budget") == self.budget and recipe_of(r) not in TEACHERS]
 
+    @cached_property
+    def kinds(self) -> dict[tuple[str, str, str], list[Record]]:
+        """The students by recipe, mixer and split (one-step students have neither); without hybrids."""
+        found: dict[tuple[str, str, str], list[Record]] = {}
+        for r in self.students:
+            if not hybrid(r):
+                recipe = recipe_of(r)
+                found.setdefault((recipe, *(("", "") if recipe == "one_step" else (mixer_of(r), split_of(r)))), []).append(r)
+        return found
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits of its two-stage students, those with little stage 1 first."""
+        return sorted({split for recipe, _, split in self.kinds if recipe == "two_stage" and split != "?/?"}, key=natural)
+
     def variants(self, mixer: str, split: str, recipe: str = "two_stage") -> list[Cells]:
-        """The cells of one mixer and split, one for each setting of the rest; hybrids are none."""
-        fitting = [r for r in self.students if recipe_of(r) == recipe and not hybrid(r)
-                   and (recipe == "one_step" or (mixer_of(r) == mixer and split_of(r) == split))]
-        return self._cells(recipe if recipe == "one_step" else f"{mixer} {split}", fitting)
+        """The cells of one mixer and split, one for each setting of the rest."""
+        kind = (recipe, mixer, split)
+        if kind not in self.known:
+            self.known[kind] = self._cells(recipe if recipe == "one_step" else f"{mixer} {split}", self.kinds.get(kind, []))
+        return self.known[kind]
 
     def _cells(self, name: str, records: list[Record]) -> list[Cells]:
         made: dict[tuple, list[Record]] = {}
@@ -77,9 +95,8 @@ class Place:
 
     def everything(self) -> list[Cells]:
         """All cells of students but hybrids, and the teachers that go with them; the name of one of several settings says its own."""
-        kinds = sorted({(recipe_of(r), mixer_of(r), split_of(r)) for r in self.students if not hybrid(r)}, key=lambda k: natural(" ".join(k)))
         found = [c for c in (self.teacher(),) if c]
-        for recipe, mixer, split in kinds:
+        for recipe, mixer, split in sorted(self.kinds, key=lambda kind: natural(" ".join(kind))):
             variants = self.variants(mixer, split, recipe)
             varied = [k for k in dict.fromkeys(k for c in variants for k in c.settings)
                       if len({c.settings.get(k, "null") for c in variants}) > 1]

@@ -17,8 +17,9 @@ import numpy as np
 
 from analysis import paper
 from analysis.bench import Bench, number
+from analysis.export import thinned
 from analysis.places import Cells, Place, places
-from analysis.rows import MIXERS, Record, human, mixer_of, recipe_of, split_of
+from analysis.rows import MIXERS, Record, human, mixer_of, recipe_of
 from analysis.stats import LEVEL, student_t
 
 PAPER = "paper (Pythia-1B, 10B tokens)"
@@ -181,9 +182,8 @@ def _split(place: Place, root: str) -> Iterator[Plot]:
         return
     series = []
     for i, at in enumerate(reversed(places(place.yard))):
-        splits = sorted({split_of(r) for r in at.students} - {"?/?"}, key=_share)
         for mixer in MIXERS:
-            curve = _gaps(f"{mixer}, {human(at.budget)}", mixer, [(_share(s), c) for s in splits if (c := at.best(mixer, s))], teacher,
+            curve = _gaps(f"{mixer}, {human(at.budget)}", mixer, [(_share(s), c) for s in at.splits if (c := at.best(mixer, s))], teacher,
                           dash=STYLES[i % len(STYLES)])
             if len(curve.x) > 1:
                 series.append(curve)
@@ -202,7 +202,7 @@ def _mixer(place: Place, root: str) -> Iterator[Plot]:
     teacher = _teacher(place)
     if teacher is None:
         return
-    run = {s: [m for m in MIXERS if place.best(m, s)] for s in {split_of(r) for r in place.students}}
+    run = {s: [m for m in MIXERS if place.best(m, s)] for s in place.splits}
     split = max(sorted(run), key=lambda s: len(run[s]), default="")
     if len(run.get(split, [])) < 2:
         return
@@ -235,7 +235,7 @@ def _losses(place: Place, root: str) -> Iterator[Plot]:
 
 def _cosine(place: Place, root: str) -> Iterator[Plot]:
     """Stage 1's cosine similarity by layer and step, of the first HedgeMamba that has a stage 1."""
-    for cells in place.everything():
+    for cells in sorted(place.everything(), key=lambda c: (_colour(c) != "hedgemamba", c.ppl)):
         log = [line for line in _log(root, cells.records[0]) if line.get("stage") == "stage1"]
         layers = sorted({int(k[6:]) for line in log for k in line if k.startswith("layer.") and k[6:].isdigit()})
         lines = [line for line in log if all(number(line, f"layer.{i}") is not None for i in layers) and number(line, "tokens")]
@@ -247,19 +247,12 @@ def _cosine(place: Place, root: str) -> Iterator[Plot]:
 
 
 def _log(root: str, record: Record) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl beside the record; none where there is no such file."""
+    """The lines of metrics.jsonl beside the record, a few hundred of them; none where there is no such file."""
     try:
-        text = (Path(root) / record["path"]).with_name("metrics.jsonl").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        log = (Path(root) / record["path"]).with_name("metrics.jsonl").read_bytes()
+    except OSError:
         return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        lines += [value] if isinstance(value, dict) else []
-    return lines
+    return [json.loads(line) for line in thinned(log).splitlines()]
 
 
 def _downstream(place: Place, root: str) -> Iterator[Plot]:
@@ -301,7 +294,8 @@ def _decay(place: Place, root: str) -> Iterator[Plot]:
                  and isinstance(layer.get("decay_rate"), list) and layer["decay_rate"]
                  and all(isinstance(v, int | float) for v in layer["decay_rate"])}
         found += [(cells, rates)] if rates else []
-    series, used = [], dict.fromkeys(MIXERS, 0)
+    series: list[Series] = []
+    used: dict[str, int] = {}
     for cells, rates in sorted(found, key=lambda pair: pair[0].ppl):
         low, middle, high = ([v[round(q * (len(v) - 1))] for v in rates.values()] for q in (0, 0.5, 1))
         if not series:

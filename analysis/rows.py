@@ -170,7 +170,7 @@ def row_name(record: Record, study: str, published: set[str], several_teachers: 
     """
     derived, mixer = derived_row(record, study), mixer_of(record)
     name = str(record.get("row") or record.get("settings.row") or derived)
-    if derived in published and name in (mixer, f"{mixer} {split_of(record)}"):
+    if derived in published and name == mixer:
         name = derived
     if layers := hybrid(record):
         name = f"{name} (hybrid, keep_attention={layers})"
@@ -211,7 +211,8 @@ def borrowed(mine: list[Record], others: list[Record], notes: list[str]) -> list
     students = [r for r in mine if recipe_of(r) not in TEACHERS]
     for recipe in TEACHERS:
         own = [r for r in mine if recipe_of(r) == recipe]
-        wanting = [s for s in students if not any(comparable(r, s) for r in own)]
+        alike = {(*(text(s.get(k, "null")) for k in YARDSTICK), tokens_of(s, 2)): s for s in students}
+        wanting = [s for s in alike.values() if not any(comparable(r, s) for r in own)]
         lent = [r for r in others if recipe_of(r) == recipe and any(
             comparable(r, s) and (recipe == "teacher" or tokens_of(r, 2) == tokens_of(s, 2)) for s in wanting)]
         lent = list({r["key"]: r for r in lent}.values())

@@ -64,9 +64,9 @@ COLUMNS = [
     Column("tokens_per_second", "tokens/s", "tokens", block="cost"),
     Column("peak_memory_gb", "memory GB", "gb", block="cost"),
     *_task_columns("", "", "acc", "accuracy, %", "up", ranked=True),
-    *_task_columns("_minus_teacher", "", "points", "accuracy minus the teacher's, points", "up"),
+    *_task_columns("_minus_teacher", "", "points", "accuracy minus the teacher's", "up"),
     *_task_columns("", "paper\n", "acc", "the paper's accuracy, %", "up"),
-    *_task_columns("_minus_teacher", "paper\n", "points", "the paper's accuracy minus its teacher's, points", "up"),
+    *_task_columns("_minus_teacher", "paper\n", "points", "the paper's accuracy minus its teacher's", "up"),
 ]
 
 

@@ -1,12 +1,39 @@
-"""Hand-made records, as a store holds them."""
+"""Hand-made records, as a store holds them, and a browser."""
 
+import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from analysis import paper
 from analysis.load import load_records
 from analysis.tables import build
+
+
+def beside(name):
+    """The module `name` of this folder."""
+    spec = importlib.util.spec_from_file_location(f"analysis_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def made():
+    """Makes whole stores (made.py)."""
+    return beside("made")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium (browser.py)."""
+    if shutil.which("chromium") is None:
+        pytest.skip("needs chromium (Debian: apt install chromium)")
+    started = beside("browser").Browser()
+    yield started
+    started.close()
 
 
 @pytest.fixture
