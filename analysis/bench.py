@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.rows import human
 from analysis.table import Cell, Column, Row, Table
 
 SCHEMA = 1
@@ -101,12 +100,12 @@ def _table(kind: str, device: str, group: list[Bench]) -> Table:
 
 
 def _part(row: dict[str, Any], name: str) -> str:
+    """What the value at `name` adds to a row's label."""
     value = row.get(name)
     if value is None or value is False or value == "":
         return ""
     if value is True:
         return name
-    if name in ("seq_len", "context"):
-        return f"length {human(value) if number(row, name) is None else f'{value:g}'}"
-    shown = f"{value:g}" if number(row, name) is not None else str(value)
-    return shown if name in ("shape", "what", "mixer", "scan", "model") else f"{name} {shown}"
+    shown = f"{value:g}" if number(row, name) is not None and abs(value) < 1e6 else str(value)
+    named = {"seq_len": "length", "context": "length"}.get(name, name)
+    return shown if name in ("shape", "what", "mixer", "scan", "model") else f"{named} {shown}"

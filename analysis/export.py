@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -67,7 +66,7 @@ def keep_records(runs: str | Path, frame: pd.DataFrame, study: str, out: str | P
 
 def thinned(log: bytes, lines: int = LOG_LINES) -> bytes:
     """At most `lines` lines of each stage, evenly spaced, the last among them."""
-    stages: dict[Any, list[bytes]] = {}
+    stages: dict[str, list[bytes]] = {}
     for line in log.splitlines(keepends=True):
         try:
             value = json.loads(line)

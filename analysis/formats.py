@@ -40,6 +40,8 @@ def _marked(text: str, row: Row, column: Column, marks: dict[str, tuple[str, str
 
 def _line(text: str) -> str:
     """One line without control characters, whatever a name or command holds."""
+    if text.isprintable():
+        return text
     spaced = "".join(" " if c.isspace() else c for c in text)
     return "".join(c for c in spaced if unicodedata.category(c)[0] != "C")
 
