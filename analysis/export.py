@@ -18,10 +18,10 @@ LOG_LINES = 200
 def write_flat(frame: pd.DataFrame, study: str, out: str | Path) -> list[Path]:
     """<out>/<study>/records.{parquet,csv}: a row for each cell, with every setting and metric under its dotted name.
 
-    Lists are JSON text, as are columns whose values are of several kinds. In CSV, a text that a spreadsheet would take
+    Without the path, so that the bytes don't depend on where the records lie. Lists are JSON text, as are columns whose values are of several kinds. In CSV, a text that a spreadsheet would take
     for a formula gets an apostrophe before it.
     """
-    own = frame[frame["study"] == study].dropna(axis="columns", how="all")
+    own = frame[frame["study"] == study].drop(columns="path").dropna(axis="columns", how="all")
     flat = pd.DataFrame({name: _plain(own[name]) for name in sorted(own.columns)}).reset_index(drop=True)
     flat.attrs = {}
     columns = [c for c in ("study", "cell", "row", "key") if c in flat]

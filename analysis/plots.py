@@ -212,7 +212,7 @@ def _mixer(place: Place, root: str) -> Iterator[Plot]:
         bar = _gaps(shown, mixer, [(shown, place.best(mixer, split))], teacher, "bar")  # type: ignore[list-item]
         series.append(bar)
     published = _published(paper.TABLES["mixer"].rows)
-    published.kind = "points"
+    published.kind, published.label = "points", "paper (Pythia-1B, 10B tokens, 50/50)"
     yield Plot("mixer", f"Parts of the mixer at {split}", "", "gap to the teacher, %", [*series, published], place=place.label)
 
 

@@ -18,12 +18,11 @@ STALE = 90
 
 @dataclass
 class Step:
-    """`tokens` done of `total` (0: not known); `alive`: seconds since its last sign of life, None if it has none."""
+    """`tokens` done and the last `loss`; `alive`: seconds since its last sign of life, None if it has none."""
 
     kind: str
     key: str
     tokens: int = 0
-    total: int = 0
     loss: float | None = None
     alive: int | None = None
 
@@ -57,8 +56,6 @@ def _step(work: Path) -> Step:
     step = Step(work.parent.name, key)
     last = _last_line(work / "metrics.jsonl")
     step.tokens, step.loss = int(last.get("tokens", 0)), last.get("loss")
-    if last.get("step") and last.get("steps"):
-        step.total = int(step.tokens / (last["step"] + 1) * last["steps"])
     signs = [path.stat().st_mtime for path in (work.with_name(f".{key}.claim"), work / "metrics.jsonl") if path.exists()]
     age = time.time() - max(signs, default=0)
     step.alive = round(age) if age < STALE else None

@@ -328,13 +328,13 @@ function sweepState() {
   if (!state.open.length && !state.building.length) return;
   $("state").hidden = false;
   document.querySelector('nav a[href="#state"]').hidden = false;
-  const share = (done, total) => (total ? [el("progress", { max: total, value: done }), ` ${Math.round(100 * done / total)}%`] : "–");
+  const all = state.done + state.open.length;
   $("state-body").append(el("div", { class: "card" },
-    el("p", {}, `${state.done} cells done, ${state.open.length} open. This page loads itself again every ${state.refresh} s; the command with --watch makes it anew.`),
-    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["step", "progress", "loss", "last sign of life"].map((t) => el("th", { style: "padding:.38rem .7rem" }, t)))),
-      el("tbody", {}, state.building.map((step) => el("tr", {}, el("th", { scope: "row" }, `${step.kind} ${step.key}`), el("td", {}, share(step.tokens, step.total)),
+    el("p", {}, el("progress", { max: all, value: state.done, "aria-label": "cells done" }), ` ${state.done} cells done, ${state.open.length} begun. This page loads itself again every ${state.refresh} s; the command with --watch makes it anew.`),
+    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["step", "tokens", "loss", "last sign of life"].map((t) => el("th", { style: "padding:.38rem .7rem" }, t)))),
+      el("tbody", {}, state.building.map((step) => el("tr", {}, el("th", { scope: "row" }, `${step.kind} ${step.key}`), el("td", {}, step.tokens.toLocaleString("en")),
         el("td", {}, step.loss === null ? "–" : show(step.loss)), el("td", {}, step.alive === null ? "none: interrupted" : `${step.alive} s ago`)))))),
-    el("details", {}, el("summary", {}, "Open cells"), el("ul", {}, state.open.map((name) => el("li", {}, name))))));
+    el("details", {}, el("summary", {}, "Cells that were begun"), el("ul", {}, state.open.map((name) => el("li", {}, name))))));
   setTimeout(() => { memory.write({ scroll: scrollY }); location.reload(); }, 1000 * state.refresh);
 }
 

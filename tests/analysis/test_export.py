@@ -1,5 +1,6 @@
 """The flat files, and what is kept beside the tables."""
 
+import itertools
 import json
 
 import pandas as pd
@@ -53,7 +54,7 @@ def test_a_log_is_thinned_evenly_by_stage_and_keeps_its_last_line():
         steps = [line["step"] for line in kept if line["stage"] == stage]
         assert len(steps) <= LOG_LINES
         assert steps[-1] == 999
-        assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {5}
+        assert {b - a for a, b in itertools.pairwise(steps)} == {5}
     short = b'{"stage": "stage1"}\n'
     assert thinned(short) == short
 

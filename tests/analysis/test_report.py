@@ -196,7 +196,7 @@ def test_a_running_sweep_is_shown_and_the_page_loads_itself_again_with_the_filte
         assert "wrote" in watching.stderr.readline()
         browser.open(tmp_path / "out/report.html")
         shown = "".join(browser.texts("#state"))
-        for part in ("3 cells done, 1 open", "student abc", "3.25", "main/hedgemamba-s0-abc"):
+        for part in ("3 cells done, 1 begun", "student abc", "3.25", "main/hedgemamba-s0-abc"):
             assert part in shown
         choose(browser, "study", "main")
         first = browser.js("performance.timeOrigin")
