@@ -106,6 +106,13 @@ def _latex_header(column: Column) -> str:
     return parts[0] if len(parts) == 1 else r"\shortstack{" + r"\\".join(parts) + "}"
 
 
+def _as_wide_as_a_page(columns: list[Column]) -> list[list[Column]]:
+    """The columns in parts of at most eight beside the row labels, or of six where there are more."""
+    first, *rest = columns
+    size = 8 if len(rest) <= 8 else 6
+    return [[first, *rest[i : i + size]] for i in range(0, len(rest), size)]
+
+
 def to_latex(table: Table) -> str:
     r"""A table environment that needs \usepackage{booktabs} and nothing else."""
     label = re.sub("[^A-Za-z0-9]+", "-", table.name)
@@ -113,7 +120,7 @@ def to_latex(table: Table) -> str:
     lines += [f"% {', '.join(rows)}: {command}" for command, rows in _commands(table).items()]
     lines += [r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3pt}",
               rf"\caption{{{_latex_text(table.caption)}}}", rf"\label{{tab:{label}}}"]
-    for number, (_, columns) in enumerate(_blocks(table)):
+    for number, columns in enumerate(part for _, block in _blocks(table) for part in _as_wide_as_a_page(block)):
         lines += [r"\par\medskip"] * (number > 0)
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}", r"\toprule",
                   " & ".join(map(_latex_header, columns)) + r" \\", r"\midrule"]

@@ -139,12 +139,12 @@ def _named(study: str, records: list[Record], published: set[str], notes: list[s
 
 
 def _columns(study: str, rows: list[Row]) -> list[Column]:
-    """Those that a row fills; of the paper's accuracies, in a study that mixes its tables, only what we measured."""
+    """Those that a row fills; of the paper's distances to its teacher, and in the demo of its accuracies, what we measured too."""
     filled = {key for row in rows for key in row.cells}
-    if study == "demo":
-        measured = {key for key in filled if not key.startswith("paper_")}
-        filled -= {c.key for c in COLUMNS if c.key.startswith("paper_") and "accuracy" in c.block
-                   and c.key.removeprefix("paper_") not in measured}
+    for c in COLUMNS:
+        beside = c.key.endswith("_minus_teacher") or (study == "demo" and "accuracy" in c.block)
+        if c.key.startswith("paper_") and beside and c.key.removeprefix("paper_") not in filled:
+            filled.discard(c.key)
     return [Column("row", "row"), *[c for c in COLUMNS if c.key in filled]]
 
 

@@ -170,7 +170,7 @@ def test_every_latex_row_of_a_real_table_has_the_columns_that_its_tabular_declar
     record(tmp_path / "runs")
     [_, tex, _] = write_tables(tmp_path / "runs", tmp_path / "out")["main"]
     tabulars = re.findall(r"\\begin{tabular}{(l r*|lr+)}(.*?)\\end{tabular}", tex.read_text(), re.DOTALL)
-    assert len(tabulars) == 3  # perplexity, the paper's accuracies, and these minus the teacher's
+    assert len(tabulars) == 3  # perplexity, and the paper's accuracies in two parts
     for columns, body in tabulars:
         rows = [line for line in body.splitlines() if line.endswith(r" \\")]
         assert len(rows) == 4
