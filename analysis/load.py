@@ -28,7 +28,7 @@ def load_records(path: str | Path) -> pd.DataFrame:
 
     `frame.attrs["problems"]` lists (file relative to `path`, reason) for each record that was left out:
     unreadable, truncated, of another schema, unfinished, or with a number that isn't finite. If none is
-    usable the frame is empty.
+    usable the frame is empty. `frame.attrs["root"]` is `path`: a run's losses.json and metrics.jsonl lie beside its record.
 
     Raises:
         UserError: if `path` is no folder, or holds no record.json at all.
@@ -53,6 +53,7 @@ def load_records(path: str | Path) -> pd.DataFrame:
         raise UserError(f"runs={path} holds no record.json; run `python sweep.py` or name another folder.")
     frame = pd.DataFrame(rows)
     frame.attrs["problems"] = problems
+    frame.attrs["root"] = str(root)
     return frame
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis import make_tables
-from analysis.make_tables import main, print_table, to_csv, to_latex, to_markdown, write_tables
+from analysis import command
+from analysis.formats import to_csv, to_latex, to_markdown
+from analysis.make_tables import main, print_table
 from analysis.paper import Above
-from analysis.tables import Cell, Column, Row, Table
+from analysis.table import Cell, Column, Row, Table
 from hm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,13 @@ def markdown_rows(text):
 def latex_rows(text):
     return [re.split(r"(?<!\\)&", line.removesuffix(r"\\")) for line in text.splitlines()
             if line.endswith(r" \\")]
+
+
+def write_tables(runs, out):
+    """The tables' files by study."""
+    assert main(["--runs", str(runs), "--out", str(out)]) == 0
+    return {folder.name: [folder / f"tables/{folder.name}.{ending}" for ending in ("md", "tex", "csv")]
+            for folder in Path(out).iterdir()}
 
 
 def csv_rows(text):
@@ -162,7 +170,7 @@ def test_every_latex_row_of_a_real_table_has_the_columns_that_its_tabular_declar
     record(tmp_path / "runs")
     [_, tex, _] = write_tables(tmp_path / "runs", tmp_path / "out")["main"]
     tabulars = re.findall(r"\\begin{tabular}{(l r*|lr+)}(.*?)\\end{tabular}", tex.read_text(), re.DOTALL)
-    assert len(tabulars) == 2
+    assert len(tabulars) == 3  # perplexity, and the paper's accuracies in two parts
     for columns, body in tabulars:
         rows = [line for line in body.splitlines() if line.endswith(r" \\")]
         assert len(rows) == 4
@@ -207,7 +215,7 @@ def test_the_same_records_change_no_byte_and_touch_no_file(tmp_path):
     runs, moved = tmp_path / "runs", tmp_path / "elsewhere"
     for seed in (0, 1):
         record(runs, seed=seed, ppl=30.0 + seed)
-        record(runs, row="hedgehog", seed=0, ppl=31.0, lr=seed)  # a conflict, so notes are compared too
+        record(runs, row="hedgehog", seed=0, ppl=31.0 + seed, device=seed)  # a conflict, so notes are compared too
     first = write_tables(runs, tmp_path / "out")["main"]
     before = [(p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in first]
     runs.rename(moved)
@@ -287,7 +295,7 @@ def test_a_terminal_that_lacks_the_signs_gets_question_marks():
         encoding = "ascii"
 
     screen = Ascii()
-    make_tables._print("ppl ↓", screen)
+    command.say("ppl ↓", screen)
     assert screen.getvalue() == "ppl ?\n"
 
 

@@ -1,6 +1,5 @@
 """Each number, mark, note and missing cell of the tables, against values computed here from records."""
 
-import json
 import statistics
 
 import pytest
@@ -8,51 +7,8 @@ import pytest
 from analysis import paper
 from analysis.load import load_records
 from analysis.paper import Above
-from analysis.tables import Cell, build, number_text
-
-
-@pytest.fixture
-def runs(tmp_path):
-    return Runs(tmp_path)
-
-
-class Runs:
-    """Writes records; `table` builds the one table of a study from them."""
-
-    def __init__(self, root):
-        self.root, self.count = root, 0
-
-    def add(self, study, row=None, ppl=40.0, *, seed=0, recipe="two_stage", mixer="hedgemamba", one=10,
-            two=90, key=None, cell=None, metrics=(), record=(), **settings):
-        self.count += 1
-        key, cell = key or f"k{self.count}", cell or f"cell{self.count}"
-        data = {
-            "schema": 1, "study": study, "cell": cell, "key": key, "status": "done",
-            "settings": {"scale": "tiny", "teacher": "tiny", "mixer": mixer, "recipe": recipe, "seed": seed,
-                         "budget": one + two, "stage1_tokens": one, "stage2_tokens": two,
-                         "data": "docstrings", "validation": None, "seq_len": 256, "eval": {"sequences": 200},
-                         **settings},
-            "metrics": {"ppl": {"value": ppl, "stderr": 0.25}, **dict(metrics)},
-            "params": {"total": 7_350_000}, "tokens": {"stage1": one, "stage2": two}, **dict(record)}
-        if row:
-            data["row"] = row
-        folder = self.root / study / f"{cell}-{key}-{self.count}"
-        folder.mkdir(parents=True)
-        (folder / "record.json").write_text(json.dumps(data))
-
-    def teacher(self, study, ppl=20.0, **more):
-        self.add(study, "teacher", ppl, recipe="teacher", one=0, two=0, **more)
-
-    def table(self, study):
-        [table] = build(load_records(self.root), study)
-        return table
-
-    def rows(self, study):
-        return {row.label: row.cells for row in self.table(study).rows}
-
-    def notes(self, study, word):
-        return [note for note in self.table(study).notes if word in note]
-
+from analysis.table import Cell, number_text
+from analysis.tables import build
 
 # --- rows -------------------------------------------------------------------------------------------------
 
@@ -147,7 +103,7 @@ def test_a_study_run_with_two_teachers_makes_two_tables(runs):
     runs.add("main", "hedgemamba", 30.0)
     runs.add("main", "hedgemamba", 18.0, scale="smollm2", teacher="smollm2")
     tables = build(load_records(runs.root), "main")
-    assert [table.name for table in tables] == ["main (smollm2, smollm2)", "main (tiny, tiny)"]
+    assert [table.name for table in tables] == ["main (smollm2)", "main (tiny)"]
     gaps = [{r.label: r.cells for r in table.rows}["hedgemamba"]["gap_teacher_pct"].value for table in tables]
     assert gaps == pytest.approx([50.0, 50.0])
     assert not any("Conflict" in note for table in tables for note in table.notes)
@@ -203,8 +159,9 @@ def test_of_several_adapted_teachers_the_one_with_as_many_tokens_is_compared_wit
 def test_a_teacher_measured_otherwise_gives_no_gap(runs, other):
     runs.teacher("main", 20.0, **other)
     runs.add("main", "hedgemamba", 30.0)
-    assert "gap_teacher_pct" not in runs.rows("main")["hedgemamba"]
-    assert runs.notes("main", "gap is missing")
+    [table] = [t for t in build(load_records(runs.root), "main") if any("ppl" in row.cells for row in t.rows[1:])]
+    assert "gap_teacher_pct" not in {row.label: row.cells for row in table.rows}["hedgemamba"]
+    assert any("gap is missing" in note for note in table.notes)
 
 
 def test_the_teacher_of_another_study_serves_where_there_is_no_own(runs):
@@ -267,12 +224,35 @@ def test_a_budget_row_that_ran_with_another_budget_is_noted(runs):
 
 # --- conflicts --------------------------------------------------------------------------------------------
 
-def test_two_keys_for_one_row_and_seed_are_reported_and_none_is_taken(runs):
-    runs.add("main", "hedgemamba", 30.0, key="aaa", **{"stage2.lr": 0.001})
-    runs.add("main", "hedgemamba", 90.0, key="bbb", **{"stage2.lr": 0.003})
+def test_a_row_run_with_two_settings_becomes_two_rows_and_a_note_says_so(runs):
+    for seed in (0, 1):
+        runs.add("main", "hedgemamba", 30.0 + seed, seed=seed, **{"stage2.lr": 0.001})
+    runs.add("main", "hedgemamba", 90.0, **{"stage2.lr": 0.003})
+    rows = runs.rows("main")
+    assert "hedgemamba" not in rows
+    assert rows["hedgemamba (stage2.lr=0.001)"]["ppl"].value == 30.5
+    assert rows["hedgemamba (stage2.lr=0.003)"]["ppl"].value == 90.0
+    assert rows["hedgemamba (stage2.lr=0.003)"]["paper_ppl"].value == 14.11
+    assert runs.notes("main", "several settings of stage2.lr")
+    assert not runs.notes("main", "Conflict")
+
+
+def test_same_settings_that_gave_other_students_are_a_conflict_and_none_is_taken(runs):
+    runs.add("main", "hedgemamba", 30.0, key="aaa")
+    runs.add("main", "hedgemamba", 90.0, key="bbb")
     assert "ppl" not in runs.rows("main")["hedgemamba"]
     [note] = runs.notes("main", "Conflict")
-    assert all(word in note for word in ("hedgemamba, seed 0", "aaa", "bbb", "stage2.lr 0.001 / 0.003"))
+    assert all(word in note for word in ("hedgemamba, seed 0", "aaa", "bbb", "other data, weights or code"))
+
+
+def test_two_evaluations_of_one_student_are_one_record_with_the_metrics_of_both(runs):
+    trained = {"provenance": {"artifacts": {"student": "w"}, "started": "2026-01-01"}}
+    runs.add("main", "hedgemamba", 30.0, record=trained, metrics={"piqa": {"value": 60.0, "stderr": 1.0}})
+    runs.add("main", "hedgemamba", 30.0, metrics={"boolq": {"value": 50.0, "stderr": 2.0}},
+             record={"provenance": {**trained["provenance"], "started": "2026-01-02"}})
+    cells = runs.rows("main")["hedgemamba"]
+    assert (cells["seeds"].value, cells["piqa"].value, cells["boolq"].value) == (1, 60.0, 50.0)
+    assert not runs.notes("main", "Conflict")
 
 
 def test_a_conflict_in_one_seed_leaves_the_others(runs):
@@ -283,11 +263,30 @@ def test_a_conflict_in_one_seed_leaves_the_others(runs):
     assert "other data, weights or code" in runs.notes("main", "Conflict")[0]
 
 
-def test_seeds_of_different_settings_are_not_averaged(runs):
-    runs.add("main", "hedgemamba", 30.0, one=10, two=90)
-    runs.add("main", "hedgemamba", 20.0, seed=1, one=100, two=900)
-    assert "ppl" not in runs.rows("main")["hedgemamba"]
-    assert "budget 100 / 1000" in runs.notes("main", "Conflict")[0]
+def test_a_short_run_after_a_long_one_makes_a_table_of_its_own_and_leaves_the_long_one_whole(runs):
+    runs.teacher("demo", 20.0)
+    demo(runs, 0)
+    demo(runs, 1)
+    runs.add("demo", "hedgemamba", 90.0, one=1, two=9)
+    runs.add("demo", "adapted_teacher", 19.0, recipe="adapted_teacher", one=1, two=9)
+    short, long = build(load_records(runs.root), "demo")
+    assert [short.name, long.name] == ["demo (budget 10)", "demo (budget 100)"]
+    rows = {row.label: row.cells for row in long.rows}
+    assert rows["hedgemamba 10/90"]["seeds"].value == 2
+    assert "gap_adapted_teacher_pct" not in rows["hedgemamba 10/90"]
+    rows = {row.label: row.cells for row in short.rows}
+    assert (rows["hedgemamba 10/90"]["ppl"].value, rows["teacher"]["ppl"].value) == (90.0, 20.0)
+    assert rows["hedgemamba 10/90"]["gap_adapted_teacher_pct"].value == pytest.approx(100 * (90 / 19 - 1))
+
+
+def test_other_validation_sequences_make_a_table_of_their_own(runs):
+    for sequences in (10, 200):
+        runs.teacher("main", 20.0 + sequences, eval={"sequences": sequences})
+        runs.add("main", "hedgemamba", 2 * (20.0 + sequences), eval={"sequences": sequences})
+    tables = build(load_records(runs.root), "main")
+    assert [t.name for t in tables] == ["main (eval.sequences 10)", "main (eval.sequences 200)"]
+    gaps = [{r.label: r.cells for r in t.rows}["hedgemamba"]["gap_teacher_pct"].value for t in tables]
+    assert gaps == pytest.approx([100.0, 100.0])
 
 
 def test_seeds_that_differ_in_where_they_ran_are_averaged(runs):
@@ -310,6 +309,72 @@ def test_teachers_that_measure_the_same_do_not_conflict(runs):
     assert runs.rows("main")["teacher"]["ppl"] == Cell(20.0, 0.25, one_seed=True)
     runs.teacher("main", 21.0, key="c")
     assert "ppl" not in runs.rows("main")["teacher"]
+
+
+# --- marks, accuracies and cost ---------------------------------------------------------------------------
+
+def test_best_and_second_best_students_are_marked_where_they_are_ahead_by_more_than_the_error(runs):
+    runs.teacher("main", 20.0)
+    for row, ppl in (("hedgemamba", 30.0), ("hedgehog", 31.0), ("a", 40.0), ("b", 40.2)):
+        runs.add("main", row, ppl)
+    marks = {name: cells["ppl"].mark for name, cells in runs.rows("main").items()}
+    assert marks == {"teacher": "", "hedgemamba": "best", "hedgehog": "second", "a": "", "b": ""}
+
+
+def test_a_tie_within_the_error_is_not_marked(runs):
+    runs.add("main", "hedgemamba", 30.0)
+    runs.add("main", "hedgehog", 30.3)  # the errors are 0.25 each, so that of the difference is 0.354
+    runs.add("main", "a", 40.0)
+    assert {cells["ppl"].mark for cells in runs.rows("main").values() if "ppl" in cells} == {""}
+    runs.add("main", "hedgemamba", 30.0, seed=1)  # now the spread over two equal seeds is 0
+    assert runs.rows("main")["hedgemamba"]["ppl"].mark == "best"
+
+
+def test_accuracies_have_the_harness_error_the_distance_to_the_teacher_and_their_mean(runs):
+    runs.teacher("main", metrics=runs.tasks(50.0))
+    for seed, start in ((0, 40.0), (1, 43.0)):
+        runs.add("main", "hedgemamba", seed=seed, metrics=runs.tasks(start))
+    cells = runs.rows("main")["hedgemamba"]
+    index = paper.TASKS.index("piqa")
+    assert (cells["piqa"].value, cells["piqa"].spread) == pytest.approx((41.5 + index, 1 + index / 10))
+    assert cells["piqa_minus_teacher"].value == pytest.approx(-8.5)
+    assert cells["mean_accuracy"].value == pytest.approx(41.5 + 4.5)
+    errors = [1 + i / 10 for i in range(10)]
+    assert cells["mean_accuracy"].spread == pytest.approx(sum(e * e for e in errors) ** 0.5 / 10)
+    assert cells["mean_accuracy_minus_teacher"].value == pytest.approx(-8.5)
+    published = [paper.TABLES["main"].rows[row] for row in ("hedgemamba", "teacher")]
+    mean, teachers = (statistics.mean(row[task] for task in paper.TASKS) for row in published)
+    assert cells["paper_mean_accuracy_minus_teacher"].value == pytest.approx(mean - teachers)
+    assert cells["paper_piqa_minus_teacher"].value == pytest.approx(68.72 - 70.72)
+
+
+def test_a_mean_accuracy_needs_all_ten_tasks(runs):
+    runs.add("main", "hedgemamba", metrics={"piqa": {"value": 60.0, "stderr": 1.0}})
+    cells = runs.rows("main")["hedgemamba"]
+    assert "piqa" in cells
+    assert "mean_accuracy" not in cells
+
+
+@pytest.mark.parametrize(("device_type", "column"), [("cuda", "gpu_hours"), ("cpu", "cpu_hours")])
+def test_hours_are_those_of_both_stages_of_one_seed_times_the_devices(runs, device_type, column):
+    for seed, seconds in ((0, 3500), (1, 3700)):
+        runs.add("main", "hedgemamba", seed=seed, record={
+            "timing": {"stage1_seconds": 100, "student_seconds": seconds, "student_tokens_per_second": 1000 + seed},
+            "provenance": {"device_type": device_type, "device": "X", "processes": 2}})
+    cells = runs.rows("main")["hedgemamba"]
+    assert cells[column].value == pytest.approx(2 * (100 + 3600) / 3600)
+    assert cells["tokens_per_second"].value == pytest.approx(1000.5)
+
+
+def test_the_scale_table_has_a_row_for_each_teacher_also_from_the_main_study(runs):
+    for teacher, ppl in (("tiny", 20.0), ("smollm2", 12.0)):
+        runs.teacher("main", ppl, teacher=teacher, scale=teacher)
+        runs.add("main", "hedgemamba", 1.5 * ppl, teacher=teacher, scale=teacher,
+                 metrics={"bits_per_byte": {"value": 1.0}})
+    rows = runs.rows("scale")
+    assert {name: cells["gap_teacher_pct"].value for name, cells in rows.items() if name.startswith("hedge")} == {
+        "hedgemamba, smollm2": pytest.approx(50.0), "hedgemamba, tiny": pytest.approx(50.0)}
+    assert rows["hedgemamba, tiny"]["bits_per_byte"].value == 1.0
 
 
 # --- the demo's ordering ----------------------------------------------------------------------------------

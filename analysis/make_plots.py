@@ -1,0 +1,188 @@
+"""Plots from records: `python analysis/make_plots.py` writes <out>/<study>/plots/<plot>.{pdf,png,svg}.
+
+The same records give the same bytes. What is drawn is plots.py's business; here is how. Colours are those of Okabe
+and Ito, which colour-blind readers tell apart; fonts are embedded; the width is that of a column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: the repository's root in place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from analysis import command
+from analysis.bench import load_bench
+from analysis.plots import Plot, Series, all_plots, speed_plots
+from analysis.rows import human, records_of
+
+COLOURS = {"teacher": "#000000", "adapted_teacher": "#7f7f7f", "hedgehog": "#e69f00", "ssm": "#56b4e9", "ssm_conv": "#009e73",
+           "hedgemamba": "#0072b2", "gate": "#d55e00", "one_step": "#cc79a7", "paper": "#7f7f7f"}
+OTHER = "#b0a000"
+STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 6.5, "xtick.labelsize": 7, "ytick.labelsize": 7,
+         "font.family": "DejaVu Sans", "pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "hedgemamba", "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.5, "axes.axisbelow": True,
+         "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False, "axes.linewidth": 0.6, "figure.dpi": 100}
+WIDTH = 3.35
+MANY = 12
+"""From as many figures on, they are drawn by one process per core: a figure takes about a third of a second."""
+LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+HATCHES = {"solid": "", "dash": "////", "dot": "....", "dashdot": "xxxx"}
+NO_DATE = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+
+
+def draw(plot: Plot) -> Figure:
+    """`plot` as a figure of one column's width, or of two where there are many bars."""
+    bars = [s for s in plot.series if s.kind == "bar"]
+    names = list(dict.fromkeys(x for s in bars for x in s.x))
+    labelled = [s for s in plot.series if s.kind != "band" and not (s.kind == "bar" and [s.label] == s.x)]
+    with mpl.rc_context(STYLE):
+        width = WIDTH if sum(len(s.x) for s in bars) <= 12 else 2 * WIDTH
+        columns = 2 if width == WIDTH else 4
+        figure = Figure(figsize=(width, 2.4 + 0.13 * -(-len(labelled) // columns)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        title = axes.set_title(f"{plot.title}\n{plot.place}" if plot.place else plot.title, loc="left")
+        title.set_parse_math(False)
+        axes.set_xlabel(plot.x_label)
+        axes.set_ylabel(plot.y_label)
+        for axis, log in ((axes.xaxis, plot.log_x), (axes.yaxis, plot.log_y)):
+            if log:
+                (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+                values = [v for series in plot.series for v in (series.x if axis is axes.xaxis else series.y) if v > 0]
+                axis.set_minor_formatter(_minor_ticks(values))
+            if log or "tokens" in axis.get_label_text():
+                axis.set_major_formatter(lambda value, _: human(value))
+        if plot.heat:
+            x, y, z = plot.heat
+            mesh = axes.pcolormesh(x, y, np.array(z), shading="nearest", cmap="viridis", vmax=1, rasterized=True)
+            figure.colorbar(mesh, ax=axes, label="cosine similarity")
+            axes.grid(False)
+        for i, series in enumerate(bars):
+            alone = [series.label] == series.x
+            step = 0.8 / (1 if alone else len(bars))
+            at = [names.index(x) + (0 if alone else (i - (len(bars) - 1) / 2) * step) for x in series.x]
+            axes.bar(at, series.y, 0.92 * step, color=_colour(series), label="_" if alone else _literal(series.label), yerr=_errors(series),
+                     error_kw={"elinewidth": 0.7}, hatch=HATCHES[series.dash], edgecolor="white", linewidth=0)
+        for series in plot.series:
+            if series.kind != "bar":
+                _line(axes, series, names)
+        if names:
+            tilted = len(names) > 4
+            axes.set_xticks(range(len(names)), [_literal(n) for n in names], rotation=30 if tilted else 0, ha="right" if tilted else "center")
+            axes.grid(False, axis="x")
+        if labelled:
+            figure.legend(loc="outside lower left", ncols=columns, handlelength=2.4, columnspacing=1)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out now, once for all three formats
+    return figure
+
+
+def _line(axes, series: Series, names: list[str]) -> None:
+    """A line, points or a band; on an axis of names only what is at one of them."""
+    kept = [i for i, x in enumerate(series.x) if not names or x in names]
+    x, y = [names.index(series.x[i]) if names else series.x[i] for i in kept], [series.y[i] for i in kept]
+    colour = _colour(series)
+    if series.kind == "band":
+        axes.fill_between(x, y, [series.top[i] for i in kept], color=colour, alpha=0.15, linewidth=0)  # type: ignore[index]
+        return
+    errors = _errors(series)
+    points = series.kind == "points"
+    axes.errorbar(x, y, yerr=[errors[i] for i in kept] if errors else None, fmt="D" if points else "o" if len(x) <= 20 else "",
+                  linestyle="" if points else LINES[series.dash], color=colour, label=_literal(series.label), elinewidth=0.7, capsize=1.5,
+                  markerfacecolor="white" if series.colour == "paper" else colour)
+
+
+def _minor_ticks(values: Sequence[float]) -> FuncFormatter:
+    """Labels at 2 and 5 between the powers of ten where `values` span less than one and a half of them."""
+    few = bool(values) and max(values) < 30 * min(values)
+    return FuncFormatter(lambda value, _: human(value) if few and f"{value:e}"[0] in "25" else "")
+
+
+def _errors(series: Series) -> list[float] | None:
+    if not series.error or all(e is None for e in series.error):
+        return None
+    return [e or 0 for e in series.error]
+
+
+def _colour(series: Series) -> str:
+    return COLOURS.get(series.colour, OTHER)
+
+
+def _literal(text: str) -> str:
+    """`text` without Matplotlib's mathematics."""
+    return text.replace("$", r"\$")
+
+
+def save(figure: Figure, path: Path, out: str | Path) -> list[Path]:
+    """The figure as <path>.pdf, .png and .svg, without dates."""
+    files = []
+    with mpl.rc_context(STYLE):
+        for ending, metadata in NO_DATE.items():
+            data = io.BytesIO()
+            figure.savefig(data, format=ending, dpi=200, metadata=metadata)
+            files.append(command.write_file(path.with_name(f"{path.name}.{ending}"), data.getvalue(), out))
+    return files
+
+
+def file_names(plots: Sequence[Plot]) -> list[str]:
+    """A name for each plot: the kind's, and where there are several of it, what tells them apart."""
+    names: list[str] = []
+    for plot in plots:
+        several = sum(p.name == plot.name for p in plots) > 1
+        title = plot.title.partition(":")[0].lower() if sum(p.name == plot.name and p.place == plot.place for p in plots) > 1 else ""
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{title} {plot.place}").strip("-")[:60] if several else ""
+        name = f"{plot.name}-{slug}" if slug else plot.name
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
+
+
+def make(options: argparse.Namespace) -> None:
+    """Write what was asked for, and say what could not be drawn."""
+    frame = command.read(options.runs)
+    benches, _ = load_bench(options.bench or Path(options.out) / "bench")
+    wanted: list[tuple[Plot, Path, str]] = []
+    for study in command.chosen(frame, options.study, options.runs):
+        plots, missing = all_plots(records_of(frame[frame["study"] == study]), options.runs)
+        folder = Path(options.out) / command.folder_name(study) / "plots"
+        wanted += [(plot, folder / name, options.out) for plot, name in zip(plots, file_names(plots), strict=True)]
+        command.say("\n".join(f"{study}: {line}" for line in missing), sys.stderr)
+    plots, missing = speed_plots(benches)
+    wanted += [(plot, Path(options.out) / "speed/plots" / name, options.out) for plot, name in zip(plots, file_names(plots), strict=True)]
+    command.say("\n".join(missing), sys.stderr)
+    if len(wanted) < MANY:
+        files = [file for job in wanted for file in _write(job)]
+    else:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            files = [file for done in pool.map(_write, wanted, chunksize=4) for file in done]
+    command.say("\n".join(f"wrote {file}" for file in files), sys.stderr)
+
+
+def _write(job: tuple[Plot, Path, str]) -> list[Path]:
+    plot, path, out = job
+    return save(draw(plot), path, out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 after one sentence on standard error."""
+    parser = command.parser("Make plots (PDF, PNG, SVG) from records.")
+    parser.add_argument("--bench", help="folder with the files of `python -m hm.bench` (default: OUT/bench)")
+    return command.run(make, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

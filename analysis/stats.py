@@ -1,0 +1,171 @@
+"""Differences between two cells in log perplexity (nats per token), with an interval, and corrections for many of them.
+
+Two kinds of chance move a difference: other seeds, and other validation text. Which of them the interval covers
+depends on what the records hold, and `how` says it:
+
+- two seeds or more in common: the seeds' differences, each between two cells with the same seed (Student's t). With
+  the loss of every validation sequence beside the records, the sequences' own paired variance is added.
+- one seed: the paired differences of the validation sequences, or without them both records' standard errors, which
+  is wider, since the sequences are the same. What another seed would give is unknown then, so the interval is widened
+  by SEED_MARGIN on either side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.rows import Record, text
+from hm.errors import UserError
+
+SEED_MARGIN = 0.05
+"""Log perplexity. Seeds of one cell differ by about 1% in this kind of training: five times that is more than chance."""
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`value` with its 95% interval, and the p-value of no difference (two-sided).
+
+    `nats` differences are of log perplexity; others are of accuracies, in points.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    how: str
+
+    @property
+    def percent(self) -> str:
+        """A difference of log perplexity as "-4.2% (-5.0% to -3.4%; paired over 3 seeds)"."""
+        value, low, high = (f"{100 * math.expm1(min(v, 20)):+.3g}%" for v in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high}; {self.how})"
+
+    @property
+    def points(self) -> str:
+        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f} points; {self.how})"
+
+
+def difference(a: Sequence[Record], b: Sequence[Record], root: str | Path) -> Difference | None:
+    """Mean of ln ppl(a) - ln ppl(b) over the seeds that both have; a teacher, which has no seed, goes with each.
+
+    None if they have no seed, or no perplexity, in common.
+    """
+    pairs = [(x, y) for x, y in _paired(a, b) if "metrics.ppl.value" in x and "metrics.ppl.value" in y]
+    if not pairs:
+        return None
+    by_seed = [math.log(x["metrics.ppl.value"] / y["metrics.ppl.value"]) for x, y in pairs]
+    value = float(np.mean(by_seed))
+    by_sequence = _sequences(pairs, root)
+    if len(pairs) > 1:
+        parts = [_part(by_seed)] + ([_part(by_sequence)] if by_sequence is not None else [])
+        how = f"paired over {len(pairs)} seeds" + (f" and {len(by_sequence)} sequences" if by_sequence is not None else "")
+        return _interval(value, parts, 0.0, how)
+    if by_sequence is not None:
+        return _interval(value, [_part(by_sequence)], SEED_MARGIN, f"paired over {len(by_sequence)} sequences, one seed")
+    (x, y), = pairs
+    errors = [r.get("metrics.ppl.stderr", math.nan) / r["metrics.ppl.value"] for r in (x, y)]
+    if any(math.isnan(e) for e in errors):
+        return None
+    return _interval(value, [(math.hypot(*errors), math.inf)], SEED_MARGIN, "standard errors of one seed")
+
+
+def accuracy_difference(a: Sequence[Record], b: Sequence[Record], tasks: Sequence[str]) -> Difference | None:
+    """Mean over `tasks` of accuracy(a) - accuracy(b), in points, each the mean over seeds; the harness's standard errors.
+
+    None if a task is missing in one of them, or its standard error.
+    """
+    values, variances = [], []
+    for task in tasks:
+        means = []
+        for records in (a, b):
+            found = [r for r in records if f"metrics.{task}.value" in r and f"metrics.{task}.stderr" in r]
+            if not found:
+                return None
+            means.append(float(np.mean([r[f"metrics.{task}.value"] for r in found])))
+            variances.append(float(np.mean([r[f"metrics.{task}.stderr"] ** 2 for r in found])))
+        values.append(means[0] - means[1])
+    error = math.sqrt(sum(variances)) / len(tasks)
+    return _interval(float(np.mean(values)), [(error, math.inf)], 0.0, "standard errors of the harness")
+
+
+def holm(differences: Sequence[Difference]) -> list[float]:
+    """The p-values after Holm's correction, in the given order (Scandinavian Journal of Statistics 6, 1979)."""
+    order = sorted(range(len(differences)), key=lambda i: differences[i].p)
+    adjusted, largest = [0.0] * len(differences), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(differences) - rank) * differences[i].p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def student_t():
+    """scipy.stats.t. Raises UserError, with what to install, if SciPy is missing."""
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise UserError("verdicts and fits need SciPy, which is not installed; pip install -e '.[report]' adds it.") from error
+    return t
+
+
+def _paired(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Record]]:
+    untouched = {recipe: records for recipe, records in (("a", a), ("b", b))
+                 if records and all(r.get("settings.recipe") == "teacher" for r in records)}
+    if "b" in untouched:
+        return [(x, b[0]) for x in a]
+    if "a" in untouched:
+        return [(a[0], y) for y in b]
+    seeds = {text(r.get("settings.seed", "null")): r for r in b}
+    return [(x, seeds[seed]) for x in a if (seed := text(x.get("settings.seed", "null"))) in seeds]
+
+
+def _sequences(pairs: Sequence[tuple[Record, Record]], root: str | Path) -> list[float] | None:
+    """The differences of the loss of each validation sequence, mean over the pairs; None where a file is missing."""
+    found = []
+    for pair in pairs:
+        a, b = (_losses(Path(root) / record["path"]) for record in pair)
+        if a is None or b is None or a[0] != b[0] or a[1].shape != b[1].shape:
+            return None
+        found.append(a[1] - b[1])
+    if len({len(f) for f in found}) != 1 or len(found[0]) < 2:
+        return None
+    return np.mean(found, axis=0).tolist()
+
+
+def _losses(record: Path) -> tuple[Any, np.ndarray] | None:
+    """What the record's losses.json was measured on, and the mean loss in nats per token of each validation sequence."""
+    try:
+        data = json.loads(record.with_name("losses.json").read_text())
+        losses = np.array(data["loss"], dtype=np.float64)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if losses.ndim != 1 or not np.isfinite(losses).all():
+        return None
+    return (data.get("tokens"), data.get("seq_len")), losses
+
+
+def _part(values: Sequence[float]) -> tuple[float, float]:
+    """Standard error of the mean, and its degrees of freedom."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
+
+
+def _interval(value: float, parts: Sequence[tuple[float, float]], margin: float, how: str) -> Difference:
+    """From independent errors with their degrees of freedom (Welch and Satterthwaite)."""
+    variance = sum(error**2 for error, _ in parts)
+    error = math.sqrt(variance)
+    if error == 0:
+        p = 1.0 if abs(value) <= margin else 0.0
+        return Difference(value, value - margin, value + margin, p, how)
+    freedom = variance**2 / sum(e**4 / df for e, df in parts) if any(math.isfinite(df) for _, df in parts) else math.inf
+    t = student_t()
+    half = float(t.ppf(1 - LEVEL / 2, freedom)) * error + margin
+    p = float(2 * t.sf(max(0.0, abs(value) - margin) / error, freedom))
+    return Difference(value, value - half, value + half, p, how)
