@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hm.adapters import max_seq_len
 from hm.config import Evaluate
 from hm.errors import UserError
-from hm.files import file_sha256
+from hm.store import content_key
 from hm.text import open_text
 
 SUFFIXES = ("", ".xz", ".gz", ".zst")
@@ -74,7 +74,7 @@ def check_data(e: Evaluate) -> None:
 
 def fingerprint(e: Evaluate) -> dict[str, Any]:
     """What the scores depend on beside the model: the harness, the items, how many of them."""
-    items = "hub" if e.data == "hub" else {name: file_sha256(task_file(e.data, name)) for name in e.tasks}
+    items = "hub" if e.data == "hub" else {name: content_key({"items": read_items(task_file(e.data, name), name)}) for name in e.tasks}
     return {"names": e.tasks, "items": items, "limit": e.limit, "harness": installed()}
 
 
@@ -87,9 +87,14 @@ def task_file(folder: str, name: str) -> Path:
     raise UserError(f"eval.data={folder} has no {name}.jsonl (plain or with {', '.join(SUFFIXES[1:])}); name a folder that has one, or hub.")
 
 
-@cache
 def read_items(path: Path, name: str) -> list[dict[str, Any]]:
     """The items of a task file, each a JSON object with the task's fields."""
+    stat = path.stat()
+    return _read_items(path, name, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _read_items(path: Path, name: str, mtime_ns: int, size: int) -> list[dict[str, Any]]:
     items = []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
