@@ -11,11 +11,14 @@ import dataclasses
 import json
 import shutil
 import time
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hm.check import check, pick_device
@@ -23,8 +26,9 @@ from hm.config import MIXERS, Settings, human
 from hm.convert import convert, parts_name, report, teacher_counts, trainable
 from hm.data import Batches, DataSpec, TokenDataset, spec_fingerprint, tokenize, validation_batches
 from hm.errors import UserError
-from hm.evaluate import perplexity
+from hm.evaluate import summarise, token_losses
 from hm.files import weight_errors
+from hm.measure import longest_sequence, measure, wanted
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
@@ -110,7 +114,7 @@ class Cell:
         sequences, seq_len = self.s.eval.sequences, self.s.seq_len
         return content_key({"step": "eval", "format": FORMAT, "teacher": fingerprint(self.s.teacher),
                             "tokens": self.tokens_key, "student": self.student_key, "sequences": sequences,
-                            "seq_len": seq_len, "precision": self.precision})  # fmt: skip
+                            "seq_len": seq_len, "precision": self.precision, **wanted(self.s)})  # fmt: skip
 
     @property
     def parts(self) -> str:
@@ -164,7 +168,7 @@ class Cell:
         for stage, steps in ((s.stage1, self.stage1_steps), (s.stage2, self.stage2_steps)):
             if steps:
                 Batches(self.train_tokens, s.seq_len, stage.batch_size, s.seed)
-        next(validation_batches(TokenDataset(self.tokens(), "validation"), s.seq_len, 1, 1))
+        next(validation_batches(TokenDataset(self.tokens(), "validation"), longest_sequence(s), 1, 1))
 
     def teacher(self) -> PreTrainedModel:
         return self.on_device(load_teacher(self.s.teacher))
@@ -250,17 +254,17 @@ class Cell:
         return self.store.artifact("student", key, build, self.described())
 
     def evaluate(self) -> Path:
-        """The artifact with the metrics (metrics.json): of the finished model, and right after conversion (ppl_start)."""
+        """The artifact with what was measured of the finished model and, as ppl_start, right after conversion
+        (metrics.json), and with the loss of each validation sequence (losses.json)."""
 
         def build(work: Path) -> None:
             s = self.s
             held = TokenDataset(self.tokens(), "validation")
-            per_token = held.text_bytes / len(held)
 
-            def measure(model: PreTrainedModel, what: str) -> dict:
-                batches = list(validation_batches(held, s.seq_len, s.eval.batch_size, s.eval.sequences))
+            @contextmanager
+            def explained(what: str):
                 try:
-                    return perplexity(self.on_device(model), batches, precision=self.precision, bytes_per_token=per_token, progress=what)
+                    yield
                 except UserError:
                     raise
                 except (ValueError, OverflowError) as error:  # the last steps of training spoilt it, or exp(loss) is too large
@@ -268,15 +272,24 @@ class Cell:
                     remedy = f"lower {stage}.lr (now {getattr(s, stage).lr:g})" if self.training_steps() else "choose precision=fp32"
                     raise UserError(f"{self.name} {what}: no perplexity can be given ({error}); {remedy}.") from error
 
-            if self.untouched:
-                found = measure(self.teacher(), "evaluate")
-            else:
-                folder = self.student() / "model"
-                if self.is_student:
-                    found = measure(load_student(str(folder)), "evaluate")
-                    found["ppl_start"] = measure(self.converted(self.teacher()), "evaluate start")["ppl"]
+            def losses_of(model: PreTrainedModel, what: str) -> list[Tensor]:
+                batches = list(validation_batches(held, s.seq_len, s.eval.batch_size, s.eval.sequences))
+                return token_losses(self.on_device(model), batches, precision=self.precision, progress=what)
+
+            with explained("evaluate"):
+                if self.untouched:
+                    model: PreTrainedModel = self.teacher()
                 else:
-                    found = measure(load_teacher(str(folder)), "evaluate")
+                    folder = str(self.student() / "model")
+                    model = load_student(folder) if self.is_student else load_teacher(folder)
+                losses = losses_of(model, "evaluate")
+                found: dict[str, Any] = summarise(losses, held.text_bytes / len(held))
+                found |= measure(model, s, held, tokenizer=self.tokenizer, teacher=self.teacher, losses=losses, precision=self.precision)
+            if self.is_student:
+                with explained("evaluate start"):
+                    found["ppl_start"] = summarise(losses_of(self.converted(self.teacher()), "evaluate start"))["ppl"]
+            per_sequence = torch.cat([loss.mean(1) for loss in losses]).tolist()
+            atomic_write(work / "losses.json", to_json({"tokens": self.tokens_key, "seq_len": s.seq_len, "loss": per_sequence}))
             atomic_write(work / "metrics.json", to_json(found, indent=1))
 
         return self.store.artifact("eval", self.key, build, self.described())
@@ -311,7 +324,10 @@ class Cell:
         atomic_write(folder / "config.yaml", to_yaml(self.described()))
         atomic_write(folder / "provenance.json", to_json(started, indent=1))
         self.enough_text()
-        metrics = json.loads((self.evaluate() / "metrics.json").read_text())
+        evaluated = self.evaluate()
+        metrics = json.loads((evaluated / "metrics.json").read_text())
+        if (evaluated / "losses.json").exists():  # evaluations made by earlier versions have none
+            shutil.copyfile(evaluated / "losses.json", folder / "losses.json")
         results = {k: self.store.read_json(k, key)["result"] for k, key in self.training_steps()}
         write_log(folder / "metrics.jsonl", [(k, self.store.path(k, key) / "metrics.jsonl") for k, key in self.training_steps()])
         second = results.get("student", {})

@@ -14,6 +14,7 @@ from hm.config import Settings
 from hm.convert import kept_layers
 from hm.errors import UserError
 from hm.ops import resolve_scan
+from hm.tasks import check_data
 from hm.teacher import load_config
 
 
@@ -33,6 +34,7 @@ def check(settings: Settings) -> Settings:
     device = pick_device(s.device)
     resolve_scan(s.scan, device, 2 * adapter_for(config).shape(config).head_dim, s.decay)
     data_exists(s)
+    check_data(s.eval)
     return s
 
 

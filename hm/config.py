@@ -17,6 +17,9 @@ from typing import Any, cast
 
 from hm.errors import UserError
 
+TASKS = ("arc_challenge", "arc_easy", "social_iqa", "piqa", "lambada_openai", "boolq", "race", "logiqa", "winogrande",
+         "hellaswag")  # fmt: skip
+"""The paper's zero-shot tasks, by lm-eval's names."""
 MIXERS: dict[str, dict[str, bool]] = {
     "hedgehog": {"ssm": False, "conv": False, "gate": False},
     "ssm": {"ssm": True, "conv": False, "gate": False},
@@ -34,6 +37,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "log_every": (1, math.inf), "sequences": (1, math.inf), "batch_size": (1, math.inf), "warmup": (0, 1),
     "min_lr": (0, 1), "kl_weight": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.99999),
     "weight_decay": (0, math.inf), "clip": (0, math.inf), "validation_fraction": (1e-9, 0.5),
+    "limit": (2, math.inf), "task_batch": (1, math.inf), "stride": (1, math.inf),
 }  # fmt: skip
 """What a number may be, by the setting's last name."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -88,8 +92,38 @@ class Stage2(Stage):
 
 @dataclass
 class Evaluate:
+    """Perplexity at the training length is always measured; what else is, is said here."""
+
     sequences: int | None = setting(200, "validation sequences for perplexity; null: all", "1000")
     batch_size: int = setting(8, "sequences per evaluation batch", "32")
+    tasks: Any = setting(None, "lm-eval tasks: a list, or all (the paper's ten); null: none", "[arc_easy,piqa]")
+    data: str = setting("hub", "items of the tasks: hub, or a folder of <task>.jsonl files, perhaps compressed", "data/eval")
+    limit: int | None = setting(None, "items of each task; null: all", "50")
+    task_batch: int = setting(64, "requests per batch of lm-eval", "16")
+    lengths: Any = setting(None, "longer sequences whose perplexity is measured by position; null: none", "[1024,8192,32768]")
+    stride: int | None = setting(None, "also perplexity in windows of seq_len tokens, this far apart; null: not", "128")
+    recall: bool = setting(False, "multi-query associative recall on random pairs of tokens", "true")
+    needle: Any = setting(None, "lengths of text in which a number is hidden and asked for; null: none", "[1024,4096]")
+    generation: bool = setting(False, "score generated continuations: repetition, distinct n-grams, teacher's likelihood", "true")
+    agreement: bool = setting(False, "top-1 agreement with the teacher and KL to it on held-out text", "true")
+    diagnostics: bool = setting(False, "per layer: decay, memory length, gate, and perplexity with a part taken out", "true")
+
+    def resolve(self) -> Evaluate:
+        """A copy whose lists are lists (or null): eval.tasks=all becomes the ten names, 1024 becomes [1024].
+
+        Raises:
+            UserError: an unknown task, a length that is none.
+        """
+        e = dataclasses.replace(self)
+        e.tasks = list(TASKS) if e.tasks == "all" else as_list(e.tasks)
+        for task in e.tasks or []:
+            check_choice("eval.tasks", task, ("all", *TASKS))
+        for name, least in (("lengths", 2), ("needle", 64)):
+            sizes = as_list(getattr(e, name))
+            if not all(isinstance(n, int) and n >= least for n in sizes or []):
+                raise UserError(f"eval.{name}={getattr(e, name)} must be a list of lengths of at least {least} tokens, such as eval.{name}=[1024,4096].")
+            setattr(e, name, sizes and sorted(sizes))
+        return e
 
 
 @dataclass
@@ -165,6 +199,7 @@ class Settings:
         elif s.mixer == "mamba" and s.recipe == "two_stage":
             raise UserError("mixer=mamba has no structured start, so it takes recipe=one_step, not recipe=two_stage.")
         check_decay(s.mixer, s.decay)
+        s.eval = self.eval.resolve()
         parts = MIXERS[s.mixer]
         for part in ("ssm", "conv", "gate"):
             typed = getattr(s, part)
@@ -190,6 +225,14 @@ class Settings:
 
 
 GROUPS = ("feature_map", "mamba", "stage1", "stage2", "eval")
+
+
+def as_list(value: Any) -> list | None:
+    """A list, one value or a text such as "[1024,4096]" as a list without doubles; nothing (also []) as None."""
+    if isinstance(value, str):
+        value = [int(v) if v.isdigit() else v for v in re.split(r"[\s,]+", value.strip("[]() ")) if v]
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return list(dict.fromkeys(values)) or None
 
 
 def tokens(value: Any, name: str = "tokens", budget: int | None = None) -> int:

@@ -155,7 +155,7 @@ def _text_format(path: Path) -> str | None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[str]]:
+def open_text(path: Path) -> Iterator[IO[str]]:
     """The file as text, decompressed; what is wrong with it comes out as a UserError that names it."""
     options: dict[str, Any] = {"mode": "rt", "encoding": "utf-8-sig"}
     broken: tuple[type[Exception], ...] = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
@@ -182,7 +182,7 @@ def _open(path: Path) -> Iterator[IO[str]]:
 
 def _read_file(path: Path, text_key: str) -> Iterator[str]:
     empty = True
-    with _open(path) as file:
+    with open_text(path) as file:
         reader = _read_json if _text_format(path) in (".jsonl", ".json") else _read_text
         for text in reader(file, path, text_key):
             empty = empty and (not text or text.isspace())

@@ -181,7 +181,7 @@ def test_the_second_run_of_a_cell_does_no_work(cell, trained, monkeypatch, tmp_p
     record = cell().run()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     trained.names.clear()
-    for name in ("tokenize", "load_teacher", "perplexity"):
+    for name in ("tokenize", "load_teacher", "token_losses"):
         monkeypatch.setattr(hm.cell, name, lambda *a, name=name, **k: pytest.fail(f"{name} was called"))
     capsys.readouterr()
 
