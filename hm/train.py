@@ -29,9 +29,16 @@ class Diverged(UserError):
     """The loss is no longer finite; the message says at which step, in which layer, and what to try."""
 
 
+class Interrupted(Exception):
+    """Training was asked to stop (`Run.stop`); a checkpoint holds every step that was done."""
+
+
 @dataclass
 class Run:
-    """Where and how a training run happens, apart from what is learnt."""
+    """Where and how a training run happens, apart from what is learnt.
+
+    `stop` is asked after each step with the number of steps done; True: save a checkpoint and raise `Interrupted`.
+    """
 
     name: str
     workdir: Path
@@ -40,6 +47,7 @@ class Run:
     precision: str = "fp32"
     checkpoint_every: int = 200
     log_every: int = 10
+    stop: Callable[[int], bool] = lambda step: False
 
 
 def learning_rate(step: int, steps: int, stage: Stage) -> float:
@@ -81,6 +89,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
 
     Raises:
         Diverged: when the loss is not finite.
+        Interrupted: when `run.stop` asked for it.
         UserError: when a checkpoint there was made with other settings.
     """
     optimizer = make_optimizer(objective, stage)
@@ -129,10 +138,13 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
                 line = {"step": step, "tokens": (step + 1) * per_step, "lr": optimizer.param_groups[0]["lr"],
                         "grad_norm": float(norm), **losses}  # fmt: skip
                 out.write(json.dumps(line) + "\n")
-            if (step + 1) % run.checkpoint_every == 0 and step + 1 < steps:
+            stopping = run.stop(step + 1) and step + 1 < steps
+            if stopping or ((step + 1) % run.checkpoint_every == 0 and step + 1 < steps):
                 out.flush()
                 spent = seconds + time.perf_counter() - start
                 save(objective, optimizer, names, folder, step + 1, {"seconds": spent}, run)
+            if stopping:
+                raise Interrupted(f"{run.name} was asked to stop and saved its state after step {step + 1} of {steps}")
     if cuda:
         torch.cuda.synchronize(run.device)
     seconds += time.perf_counter() - start
