@@ -26,6 +26,7 @@ MIXERS: dict[str, dict[str, bool]] = {
     "mamba": {"ssm": True, "conv": True, "gate": True},
 }
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
+TRACKERS = ("tensorboard", "wandb")
 LOSSES = ("ce", "kl", "ce+kl")
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "seq_len": (2, math.inf), "checkpoint_every": (1, math.inf),
@@ -128,6 +129,7 @@ class Settings:
     force: bool = setting(False, "run a finished cell again, beside the old one", "true")
     checkpoint_every: int = setting(200, "steps between checkpoints", "1000")
     log_every: int = setting(10, "steps between logged losses", "50")
+    tracker: str = setting("tensorboard", "TensorBoard's event files (in runs/tensorboard), or Weights & Biases as well", "wandb", TRACKERS)
     feature_map: FeatureMap = field(default_factory=FeatureMap)
     mamba: MambaInit = field(default_factory=MambaInit)
     stage1: Stage1 = field(default_factory=Stage1)
