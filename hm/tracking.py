@@ -43,7 +43,8 @@ class Watch:
         if now >= self.due:
             self.due = now + EVERY
             rate = (done - self.first[0]) * self.tokens_per_step / max(now - self.first[1], 1e-9)
-            about = {"step": done, "steps": self.steps, "tokens_per_second": rate, "time": time.time(), "host": socket.gethostname()}
+            about = {"step": done, "steps": self.steps, "tokens_per_step": self.tokens_per_step,
+                     "tokens_per_second": rate, "time": time.time(), "host": socket.gethostname()}  # fmt: skip
             atomic_write(self.work / PROGRESS, to_json(about))
             self.track()
         return self.stop()

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,36 @@ class LocalLauncher(PlanLauncher):
 
         store = next(iter(cells.values())).store
         return run_here(plan, store, command) if self.jobs == 0 else run_in_processes(plan, store, command, self.jobs)
+
+
+class SlurmLauncher(PlanLauncher):
+    """Runs each step as a SLURM job, on GPUs where the scale says so; see sweeps/hydra/launcher/slurm.yaml."""
+
+    def __init__(self, **settings: Any):
+        from slurm.cluster import SlurmSettings
+
+        self.slurm = SlurmSettings(**OmegaConf.to_container(OmegaConf.create(settings)))  # type: ignore[arg-type]
+
+    def placed(self, settings: Settings, resources: dict) -> tuple[Settings, torch.device | None]:
+        import torch
+
+        if settings.device == "auto":
+            settings = replace(settings, device="cuda" if self.slurm.gpus_of(resources) else "cpu")
+        if settings.precision == "auto":  # said here, for the keys must not depend on which machine asks
+            settings = replace(settings, precision="bf16" if settings.device == "cuda" else "fp32")
+        return settings, torch.device(settings.device)
+
+    def carry_out(self, plan: Plan, cells: dict[str, Cell], command: str) -> Outcome:
+        from slurm.cluster import check, say_waiting, submit
+        from slurm.watch import wait
+
+        store = next(iter(cells.values())).store
+        check(plan, self.slurm, store)
+        jobs = submit(plan, self.slurm, store, command)
+        say_waiting(len(jobs))
+        if not self.slurm.wait:
+            sys.exit(0)
+        return wait(plan, store, self.slurm.poll)
 
 
 def finish(cells: dict[str, Cell], plan: Plan, outcome: Outcome | None) -> None:

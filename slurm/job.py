@@ -153,7 +153,7 @@ def run_in_job(values: dict[str, Any]) -> None:
     task = Task(**values)
     if env.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    os.environ |= {"HM_LOG": str(env.paths.stderr), "HM_COMMAND": task.command}
+    os.environ |= {"HM_LOG": str(env.paths.stdout), "HM_COMMAND": task.command}
 
     def leave(status: int) -> None:
         if status == REQUEUE and env.global_rank == 0:
