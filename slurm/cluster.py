@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class SlurmSettings:
     wait: bool = True
     check_store: bool = True
 
+    def __post_init__(self) -> None:
+        if unknown := set(self.cpu) - {"partition", "time", "cpus", "mem"}:
+            raise UserError(f"hydra.launcher.cpu.{sorted(unknown)[0]} is not known; it takes partition, time, cpus and mem.")
+
     def gpus_of(self, resources: dict[str, Any]) -> int:
         """GPUs per node of a training step at a scale."""
         return int(resources.get("gpus", 0) if self.gpus is None else self.gpus)
@@ -74,8 +78,8 @@ class SlurmSettings:
         """What a step's job asks for: tokens take no GPU, an evaluation one, training what the scale says."""
         gpus, scale = self.gpus_of(step.resources), step.resources
         if step.kind == "tokens" or gpus == 0:
-            plain = {"partition": self.partition, "time": self.time or scale.get("time"), "cpus": self.cpus, "mem": self.mem}
-            return Resources(**plain | {k: v for k, v in self.cpu.items() if v is not None})
+            plain = Resources(self.partition, self.time or scale.get("time"), cpus=self.cpus, mem=self.mem)
+            return replace(plain, **{k: v for k, v in self.cpu.items() if v is not None})
         nodes = int(scale.get("nodes", 1) if self.nodes is None else self.nodes)
         if step.kind == "eval":
             gpus, nodes = 1, 1
@@ -136,7 +140,9 @@ def check(plan: Plan, settings: SlurmSettings, store: Store) -> None:
                             f"checkpoints of {step.label}; raise it, or lower checkpoint_every="
                             f"{step.settings['checkpoint_every']}.")  # fmt: skip
     try:
-        shapes = {json.dumps(settings.parameters(settings.of(step)), sort_keys=True): step for step in todo}
+        shapes: dict[str, Step] = {}
+        for step in todo:
+            shapes.setdefault(json.dumps(settings.parameters(settings.of(step)), sort_keys=True), step)
         for step in shapes.values():
             options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.parameters(settings.of(step)).items()]
             options += [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.extra.items()]

@@ -126,11 +126,12 @@ def _state(step: Described, store: Store, entry: dict | None, queue: Mapping[str
         return State("to do")
     if queue is None:
         return State("queued", "the scheduler does not answer", **where)
-    if job is None or job.state == "COMPLETED":
-        gone = "its job left the queue without the result" if job is None else "its job ended without the result"
-        return State("lost", f"{gone}; see its log, or whether the node can write to {store.root}", **where)
-    named = {"CANCELLED": "cancelled", "TIMEOUT": "failed", "OUT_OF_MEMORY": "failed", "NODE_FAIL": "lost"}
-    return State(named.get(job.state, "failed"), f"its job ended as {job.state} ({job.reason}) on {job.node or 'no node'}", **where)
+    silent = "" if Path(entry["log"]).exists() else f" and left no log: can its node write to {store.root}?"
+    if job is None:
+        return State("lost", f"its job left the queue without the result{silent}", **where)
+    named = {"CANCELLED": "cancelled", "COMPLETED": "lost", "NODE_FAIL": "lost"}
+    why = f"its job ended as {job.state} ({job.reason}) on {job.node or 'no node'}{silent}"
+    return State(named.get(job.state, "failed"), why, **where)
 
 
 def running(step: Described, store: Store, where: dict[str, Any]) -> State:

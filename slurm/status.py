@@ -86,7 +86,7 @@ def read_states(root: Path, steps: Mapping[str, Described]) -> tuple[dict[str, S
 
 def rows(steps: Mapping[str, Any], states: Mapping[str, State], wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
     """A table's rows for the steps in the wanted states."""
-    shown = [("step", "what", "state", "done", "tokens/s", "left", "node", "job", "requeues")]
+    shown: list[tuple[str, ...]] = [("step", "what", "state", "done", "tokens/s", "left", "node", "job", "requeues")]
     for name, state in states.items():
         if state.name in wanted:
             step = steps[name]
