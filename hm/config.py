@@ -23,6 +23,7 @@ MIXERS: dict[str, dict[str, bool]] = {
     "ssm_conv": {"ssm": True, "conv": True, "gate": False},
     "hedgemamba": {"ssm": True, "conv": True, "gate": True},
     "gate": {"ssm": False, "conv": False, "gate": True},
+    "hedgehog_bypass": {"ssm": False, "conv": False, "gate": False},
     "mamba": {"ssm": True, "conv": True, "gate": True},
 }
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 import time
@@ -24,7 +25,7 @@ from hm.files import atomic_write, to_json
 from hm.store import Store
 from slurm import scheduler
 from slurm.job import as_values, failure_path, run_in_job, to_task
-from slurm.plan import Plan, Step
+from slurm.plan import Plan, Step, span
 
 ROOT = Path(__file__).parent.parent
 JOBS = "jobs.json"
@@ -136,7 +137,7 @@ def check(plan: Plan, settings: SlurmSettings, store: Store) -> None:
             raise UserError(f"hydra.launcher.time={settings.of(step).time} is not longer than hydra.launcher.save_before="
                             f"{settings.save_before} s, when a step is asked to save; raise the one or lower the other.")  # fmt: skip
         if every > limit - settings.save_before:
-            raise UserError(f"hydra.launcher.time={settings.of(step).time} is shorter than the {every / 60:.0f} min or so between two "
+            raise UserError(f"hydra.launcher.time={settings.of(step).time} is shorter than the {span(every / 3600)} or so between two "
                             f"checkpoints of {step.label}; raise it, or lower checkpoint_every="
                             f"{step.settings['checkpoint_every']}.")  # fmt: skip
     try:
@@ -287,7 +288,7 @@ def sbatch(steps: list[Step], dependency: str | None, settings: SlurmSettings, f
     import submitit
 
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    executor = submitit.SlurmExecutor(folder=folder)
+    executor = submitit.SlurmExecutor(folder=folder, python=shlex.join([sys.executable, "-IS", str(ROOT / "slurm" / "shield.py")]))
     extra = {"requeue": True, **settings.extra} | ({"kill-on-invalid-dep": "yes"} if dependency else {})
     study = steps[0].cells[0].partition("/")[0]
     executor.update_parameters(

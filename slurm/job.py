@@ -73,6 +73,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.before = {s: signal.signal(s, self._asked) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.before)  # slurm/shield.py held them back until here
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -174,8 +175,10 @@ def run_in_job(values: dict[str, Any]) -> None:
 
 def requeue() -> None:
     """Ask SLURM to start this job again. It may be about to do so by itself (preemption), and then refuses."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    from hm.claim import slurm_job
+
+    job = slurm_job()
+    assert job is not None
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     print(f"requeue of job {job}: {done.stderr.strip() or 'accepted'}", file=sys.stderr, flush=True)
 

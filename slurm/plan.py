@@ -143,7 +143,7 @@ def describe(plan: Plan, most_lines: int | None = None) -> str:
     def add(step: Step, depth: int) -> None:
         shared = f"  (shared by {len(step.cells)} cells)" if len(step.cells) > 1 else ""
         what = "  " * depth + TITLES[step.kind]
-        rows.append((what, step.label + shared, about(step.tokens), hours(step.hours),
+        rows.append((what, step.label + shared, about(step.tokens), span(step.hours),
                      size(step.kept_bytes), "done" if step.done else "to do"))  # fmt: skip
         for child in children.get(step.id, []):
             add(child, depth + 1)
@@ -166,7 +166,7 @@ def summary(plan: Plan) -> list[str]:
     lines = [
         f"{len(plan.cells)} cells, {len(all_steps)} steps: {len(all_steps) - len(todo)} done, {len(todo)} to do; "
         f"{len(shared)} shared, which saves {about(saved) or 0} training tokens{here}",
-        f"to do: {about(sum(s.tokens for s in todo)) or 0} training tokens, {hours(sum(s.hours for s in todo)) or '0 h'} of {device} time"
+        f"to do: {about(sum(s.tokens for s in todo)) or 0} training tokens, {span(sum(s.hours for s in todo)) or '0 h'} of {device} time"
         f" (estimated from {'; '.join(plan.sources) or 'nothing'})",
         f"storage: {size(sum(s.kept_bytes for s in todo if not math.isnan(s.kept_bytes)))} to keep"
         + (" and a text of unknown size" if any(math.isnan(s.kept_bytes) for s in todo) else "")
@@ -183,7 +183,8 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def hours(value: float) -> str:
+def span(value: float) -> str:
+    """Hours to two digits or so, as h or min; empty for none."""
     if value <= 0:
         return ""
     return f"{value:,.0f} h" if value >= 10 else f"{value:.1f} h" if value >= 0.1 else f"{60 * value:.1f} min" if value >= 1 / 600 else "< 0.1 min"

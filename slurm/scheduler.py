@@ -92,7 +92,7 @@ def max_array_size() -> int:
 def _run(command: list[str]) -> str:
     done = _call(command)
     if done.returncode:
-        raise Unreachable(done.stderr.strip() or f"{command[0]} ended with status {done.returncode}")
+        raise Unreachable(next(iter(done.stderr.strip().splitlines()), "") or f"{command[0]} ended with status {done.returncode}")
     return done.stdout
 
 

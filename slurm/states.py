@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hm.claim import holder
 from slurm.job import read_failure
 from slurm.scheduler import Job
 
@@ -75,14 +75,8 @@ class Store:
 
     def claim(self, step: Described) -> dict[str, Any] | None:
         """Who holds the step now, if it shows life."""
-        if f".{step.key}.claim" not in self.listed(step.kind):
-            return None
-        path = self.root / "artifacts" / step.kind / f".{step.key}.claim"
-        try:
-            fresh = time.time() - path.stat().st_mtime < STALE
-            return json.loads(path.read_text()) if fresh else None
-        except (OSError, ValueError):
-            return None
+        name = f".{step.key}.claim"
+        return holder(self.root / "artifacts" / step.kind / name, STALE) if name in self.listed(step.kind) else None
 
     def progress(self, step: Described) -> dict[str, Any]:
         """The progress.json of the step's work folder; empty if there is none."""
@@ -116,7 +110,8 @@ def _state(step: Described, store: Store, entry: dict | None, queue: Mapping[str
         if job.state == "PENDING":
             return State("waiting" if job.reason == "Dependency" else "queued", f"{job.reason}" if job.reason != "None" else "", **where)
         return running(step, store, where)
-    if claim := store.claim(step):
+    claim = store.claim(step)
+    if claim and not (job and claim.get("job") == job.id):  # held by another than this job, which has ended
         return running(step, store, where | {"node": claim.get("host", "")})
     if note := store.failure(step):
         return State("failed", note["error"], **where | {"log": note.get("log") or where.get("log", ""), "node": note.get("host", "")})

@@ -66,7 +66,7 @@ def test_two_sweeps_that_overlap_compute_each_step_once_and_a_failure_stops_only
     assert len(failed) == 4
     for line in failed:
         assert re.search(r"failed: default/\S+ .*stage2.lr=1e\+?30.*not finite at step .*lower stage2.lr \(now 1e\+30\)", line)
-        assert "Diverged" in open(re.search(r"\(log: (\S+)\)", line)[1]).read()
+        assert "Diverged" in Path(re.search(r"\(log: (\S+)\)", line)[1]).read_text()
     assert said.splitlines()[-1] == "4 of 8 cells failed; the same command runs what is missing"
     queue = scheduler.jobs()
     assert not any(job.alive for job in queue.values()), "what can never start is not left in the queue"
@@ -77,13 +77,13 @@ def test_two_sweeps_that_overlap_compute_each_step_once_and_a_failure_stops_only
 
 
 def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result(start_sweep, small, cluster, tmp_path):
-    endless = ["stage1_tokens=0", "budget=10M", "checkpoint_every=1000000", "hydra.launcher.time=1m", "hydra.launcher.save_before=58"]
+    endless = ["stage1_tokens=0", "budget=10M", "checkpoint_every=5000", "hydra.launcher.time=1m", "hydra.launcher.save_before=58"]
     timed_out = start_sweep(*small, *ON_CPUS[:2], *endless, *on("n1"), runs="timed_out")
     killed = start_sweep(*small, *LONG, *on("n1"), runs="killed")
     preempted = start_sweep(*small, *LONG, *on("n2"), runs="preempted")
 
     entry, _ = wait_until(lambda: running(tmp_path / "preempted"), "the step to be preempted")
-    run("sbatch", "--partition=urgent", "--nodelist=n2", "--exclusive", "--mem=100", "--time=1", "--wrap=sleep 1")
+    run("sbatch", "--partition=urgent", "--nodelist=n2", "--exclusive", "--mem=100", "--time=1", "--output=/dev/null", "--wrap=sleep 1")
     _, claim = wait_until(lambda: running(tmp_path / "killed"), "the step to be killed")
     wait_until(lambda: list((tmp_path / "killed").glob("artifacts/student/.*/checkpoints/step-*/checkpoint.json")), "its checkpoint")
     os.kill(claim["pid"], signal.SIGKILL)
@@ -171,7 +171,7 @@ def test_a_time_limit_below_the_checkpoint_interval_is_refused(planned):
     plan, store = planned(stage1_tokens="0", checkpoint_every="3")
     (student,) = (step for step in plan.steps.values() if step.kind == "student")
     student.hours = 2.0  # as at a scale where it matters: 4 steps of half an hour
-    with pytest.raises(UserError, match=r"time=1h is shorter than the 90 min or so .* or lower checkpoint_every=3"):
+    with pytest.raises(UserError, match=r"time=1h is shorter than the 1.5 h or so .* or lower checkpoint_every=3"):
         check(plan, SlurmSettings(cpus=1, time="1h"), store)
     check(plan, SlurmSettings(cpus=1, time="2h"), store)
 
@@ -184,7 +184,7 @@ def test_a_machine_without_sbatch_is_told_so(planned, monkeypatch, tmp_path):
 
 
 def test_a_store_on_this_machine_alone_is_refused_where_nodes_are_others(planned, monkeypatch):
-    plan, store = planned()
+    _, store = planned()
     monkeypatch.setattr(launcher, "file_system", lambda path: "ext4")
     launcher.why_unseen(store.root, {os.uname().nodename.split(".")[0]})
     with pytest.raises(UserError, match=r"runs=\S+ lies on a file system of this machine \(ext4\), which .* far1 can't see"):
@@ -196,7 +196,7 @@ def test_when_one_of_the_jobs_is_refused_those_before_it_are_cancelled(planned):
     settings = SlurmSettings(partition="closed", cpus=1, cpu={"partition": "debug"}, save_before=60)
     settings.of = lambda step: launcher.Resources("debug" if step.kind == "tokens" else "closed", "5m", cpus=1)
     before = {i for i, job in scheduler.jobs().items() if job.alive}
-    with pytest.raises(UserError, match="sbatch refused the jobs for stage1 .*Invalid account.*nothing was left in the queue"):
+    with pytest.raises(UserError, match=r"sbatch refused the jobs for stage1 .*Invalid account.*nothing was left in the queue"):
         submit(plan, settings, store, "python sweep.py")
     assert list(store.root.glob("jobs/*/*_submitted.pkl")), "the tokens had been queued"
     wait_until(lambda: {i for i, job in scheduler.jobs().items() if job.alive} <= before, "an empty queue")
