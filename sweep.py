@@ -3,6 +3,8 @@
     python sweep.py stage1_tokens=50k                      one cell
     python sweep.py -m stage1_tokens=0,50k,100k seed=0,1    a sweep: every combination
     python sweep.py -m +study=mixer scale=smollm2           a table of the paper: sweeps/study/mixer.yaml
+    python sweep.py -m +study=mixer plan=true               what that would compute and cost; nothing runs
+    python sweep.py -m +study=mixer hydra/launcher=slurm    as SLURM jobs: slurm/README.md
     python sweep.py --help                                 every setting
 
 Hydra reads the command line and sweeps/; hm runs the cells; analysis prints the table at the end.
@@ -32,7 +34,7 @@ from hm.store import Store
 
 ROOT = Path(__file__).parent
 CONFIGS = ROOT / "sweeps"
-SWEEP_KEYS = ("row", "rows", "runs")
+SWEEP_KEYS = ("row", "rows", "runs", "plan", "resources")
 CHOICES = ("scale", "study")
 
 
@@ -41,7 +43,9 @@ class SweepSettings(Settings):
     """What may be typed here beside a cell's settings."""
 
     runs: str | None = None  # the store; null: HM_RUNS, or ./runs
+    plan: bool = False  # say what would be computed, and compute nothing
     rows: dict[str, Any] = field(default_factory=dict)  # a study's rows: name -> the settings that make it
+    resources: dict[str, Any] = field(default_factory=lambda: {"gpus": 1, "nodes": 1, "time": "24h"})  # of a training job
 
 
 # as plain values: Hydra would answer a wrong type with a text of its own, before from_dict sees it
@@ -57,15 +61,20 @@ def store_folder(runs: str | None) -> str:
 OmegaConf.register_new_resolver("store", store_folder, replace=True)
 
 
-def settings_of(cfg: DictConfig, typed: list[str]) -> Settings:
+def plain_of(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """A composed configuration as plain data, without Hydra's own part."""
+    own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+    return OmegaConf.to_container(own, resolve=resolve)  # type: ignore[return-value]
+
+
+def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
     """The settings of one cell: defaults, scale and study, then what was typed, then its row's own.
 
     Raises:
         UserError: a row that the study doesn't have, or a typed setting that the study's rows differ in.
     """
-    own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
-    plain: dict[str, Any] = OmegaConf.to_container(own, resolve=True)  # type: ignore[assignment]
-    rows, _ = plain.pop("rows", None) or {}, plain.pop("runs", None)
+    rows = plain.get("rows") or {}
+    plain = {k: v for k, v in plain.items() if k not in ("rows", "runs", "plan", "resources")}
     row = plain.get("row")
     if row is not None and rows:
         if row not in rows:
@@ -76,7 +85,8 @@ def settings_of(cfg: DictConfig, typed: list[str]) -> Settings:
             deciding = [r for r, own_settings in rows.items() if name in own_settings]
             if name in names and len(deciding) > 1:
                 raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
-        flat = {f"{g}.{k}": v for g in GROUPS for k, v in plain.pop(g).items()}
+        groups = {g: plain.pop(g) for g in GROUPS if isinstance(plain[g], dict)}
+        flat = {f"{g}.{k}": v for g, values in groups.items() for k, v in values.items()}
         plain = plain | flat | rows[row]
     return from_dict(plain)
 
@@ -130,27 +140,39 @@ def check_choices(argument: str, key: str, known: list[str]) -> None:
 @hydra.main(version_base="1.3", config_path="sweeps", config_name="config")
 def main(cfg: DictConfig) -> None:
     from hm.cell import Cell
+    from hm.progress import quiet
+    from hm.train import Interrupted
+    from slurm.job import StopRequest
 
     quiet()
-    typed = list(HydraConfig.get().overrides.task)
-    try:
-        record = Cell(settings_of(cfg, typed), Store(store_folder(cfg.runs))).run()
-    except UserError as error:
-        leave(error)
+    typed, store = list(HydraConfig.get().overrides.task), Store(store_folder(cfg.runs))
+    with StopRequest(30.0, os._exit) as stop:
+        try:
+            if cfg.plan:
+                return print_plan(settings_of(plain_of(cfg), typed), store)
+            record = Cell(settings_of(plain_of(cfg), typed), store, stop=stop).run()
+        except UserError as error:
+            leave(error)
+        except Interrupted as saved:
+            print(f"{saved}; the same command goes on from there", file=sys.stderr)
+            sys.exit(stop.status)
     print(summary(record))
+
+
+def print_plan(settings: Settings, store: Store) -> None:
+    """What one cell would compute and cost."""
+    from hm.cell import Cell
+    from slurm.offline import OfflineInputs
+    from slurm.plan import describe, make_plan
+
+    cell = Cell(settings, store, inputs=OfflineInputs())
+    print(describe(make_plan([(f"{cell.s.study}/{cell.name}", cell, {})])))
 
 
 def summary(record: dict) -> str:
     """A finished cell in one line."""
     ppl = record["metrics"]["ppl"]
     return f"{record['study']}/{record['cell']}: validation perplexity {ppl['value']:.2f} ± {ppl.get('stderr', 0):.2f}"
-
-
-def quiet() -> None:
-    """Only our own progress bars: not those of Transformers for each file that it reads."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
 
 
 def leave(error: UserError) -> NoReturn:

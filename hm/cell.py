@@ -2,15 +2,16 @@
 
 Each step's key is a hash of what determines its result: the content of the teacher and of the text, and the settings
 that matter to it, through the keys of the steps before. So cells that share a step share its artifact, whatever study
-they belong to, and a cell that is done is found done.
+they belong to, and a cell that is done is found done. `Cell.run` does all steps; `Cell.step_keys` and `Cell.run_step`
+are for those who plan many cells and run each shared step once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,31 +25,39 @@ from transformers import PreTrainedModel
 from hm.check import check, pick_device
 from hm.config import MIXERS, Settings, human
 from hm.convert import convert, parts_name, report, teacher_counts, trainable
-from hm.data import Batches, DataSpec, TokenDataset, spec_fingerprint, tokenize, validation_batches
+from hm.data import Batches, DataSpec, TokenDataset, tokenize, validation_batches
 from hm.errors import UserError
 from hm.evaluate import summarise, token_losses
 from hm.files import weight_errors
+from hm.inputs import Inputs
 from hm.measure import longest_sequence, measure, wanted
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
-from hm.ops import resolve_scan
 from hm.progress import progress_bar, say
 from hm.provenance import provenance
+from hm.record import write_record
 from hm.store import Store, atomic_write, content_key, to_json
-from hm.teacher import fingerprint, load_config, load_teacher, load_tokenizer
-from hm.train import Run, train
+from hm.teacher import load_teacher
+from hm.tracking import Watch, open_trackers
+from hm.train import Interrupted, Run, train
 
 FORMAT = 1
 """Raised when a change of the code changes what a step computes from the same settings."""
 
 
 class Cell:
-    """A resolved cell in a store. `run()` gives its record."""
+    """A resolved cell in a store. `run()` gives its record.
 
-    def __init__(self, settings: Settings, store: Store):
-        self.s, self.store = check(settings), store
-        self.device = pick_device(self.s.device)
+    device: of the machine that will run it, where that is not this one. inputs: what the cells of one sweep share.
+    stop: asked again and again while a step runs; once it says True, the step saves its state and raises `Interrupted`.
+    """
+
+    def __init__(self, settings: Settings, store: Store, *, device: torch.device | None = None, inputs: Inputs | None = None,
+                 stop: Callable[[], bool] = lambda: False):  # fmt: skip
+        self.inputs, self.stop = inputs or Inputs(), stop
+        self.s, self.store = check(settings, device, self.inputs), store
+        self.device = device or pick_device(self.s.device)
         self.precision = self.s.precision
         if self.precision == "auto":
             self.precision = "bf16" if self.device.type == "cuda" else "fp32"
@@ -57,7 +66,6 @@ class Cell:
         self.is_student = self.s.recipe in ("two_stage", "one_step")
         self.stage1_steps = self._steps("stage1") if self.s.recipe == "two_stage" else 0
         self.stage2_steps = self._steps("stage2")
-        self.timing: dict[str, float] = {}
 
     def _steps(self, stage: str) -> int:
         return getattr(self.s, f"{stage}_tokens") // (getattr(self.s, stage).batch_size * self.s.seq_len)
@@ -65,21 +73,14 @@ class Cell:
     # --- keys
 
     @cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.s.teacher)
-
-    @cached_property
     def tokens_key(self) -> str:
-        vocab = load_config(self.s.teacher).vocab_size
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        return content_key({"step": "tokens", "text": spec_fingerprint(self.spec), "tokenizer": backend,
-                            "eos": self.tokenizer.eos_token_id, "vocab": vocab})  # fmt: skip
+        return self.inputs.tokens_key(self.s.teacher, self.spec)
 
     @cached_property
     def base_key(self) -> dict[str, Any]:
         """What every training step's result depends on."""
         s = self.s
-        return {"format": FORMAT, "teacher": fingerprint(s.teacher), "tokens": self.tokens_key, "seq_len": s.seq_len,
+        return {"format": FORMAT, "teacher": self.inputs.teacher(s.teacher), "tokens": self.tokens_key, "seq_len": s.seq_len,
                 "seed": s.seed, "precision": self.precision}  # fmt: skip
 
     @cached_property
@@ -112,7 +113,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         sequences, seq_len = self.s.eval.sequences, self.s.seq_len
-        return content_key({"step": "eval", "format": FORMAT, "teacher": fingerprint(self.s.teacher),
+        return content_key({"step": "eval", "format": FORMAT, "teacher": self.inputs.teacher(self.s.teacher),
                             "tokens": self.tokens_key, "student": self.student_key, "sequences": sequences,
                             "seq_len": seq_len, "precision": self.precision, **wanted(self.s)})  # fmt: skip
 
@@ -146,17 +147,36 @@ class Cell:
 
     # --- steps
 
+    def step_keys(self) -> dict[str, str]:
+        """The steps of this cell by kind, each with its artifact's key, in their order: each needs those before it."""
+        keys = {"tokens": self.tokens_key, "stage1": self.stage1_key, "student": self.student_key, "eval": self.key}
+        return {kind: key for kind, key in keys.items() if key}
+
+    def run_step(self, kind: str) -> None:
+        """Compute one step's artifact, and what it needs as far as that is missing."""
+        if kind != "tokens":
+            self.enough_text()
+        steps: dict[str, Callable[[], object]]
+        steps = {"tokens": self.tokens, "stage1": self.stage1, "student": self.student, "eval": self.evaluate}
+        steps[kind]()
+
     def tokens(self) -> Path:
         """The token shards."""
 
-        def build(work: Path) -> None:
-            vocab = load_config(self.s.teacher).vocab_size
-            with progress_bar(desc="tokenise", unit="B", unit_scale=True) as bar:
-                tokenize(self.spec, self.tokenizer, work, vocab_size=vocab,
-                         progress=lambda n, size: bar.update(size - bar.n))  # fmt: skip
+        def build(work: Path) -> dict:
+            start = time.perf_counter()
+            vocab = self.inputs.config(self.s.teacher).vocab_size
 
-        with self.timed("tokenise"):
-            return self.store.artifact("tokens", self.tokens_key, build, {"data": self.s.data, "validation": self.s.validation})
+            def shown(tokens: int, size: int) -> None:
+                bar.update(size - bar.n)
+                if self.stop():
+                    raise Interrupted("tokenising was asked to stop; whole shards are kept")
+
+            with progress_bar(desc="tokenise", unit="B", unit_scale=True) as bar:
+                tokenize(self.spec, self.inputs.tokenizer(self.s.teacher), work, vocab_size=vocab, progress=shown)
+            return {"seconds": time.perf_counter() - start}
+
+        return self.store.artifact("tokens", self.tokens_key, build, {"data": self.s.data, "validation": self.s.validation})
 
     @cached_property
     def train_tokens(self) -> TokenDataset:
@@ -186,21 +206,31 @@ class Cell:
         return convert(teacher, "hedgehog" if stage1 else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
                        decay="head" if stage1 else s.decay, scan=s.scan, seed=s.seed)
 
-    def run_of(self, name: str, work: Path, key: str) -> Run:
-        s = self.s
-        return Run(f"{self.name} {name}", work, key, self.device, self.precision, s.checkpoint_every, s.log_every, s.compile, s.checkpointing)
+    @contextmanager
+    def watched(self, name: str, work: Path, key: str, steps: int, stage: Any) -> Iterator[Run]:
+        """The run of one stage in its work folder, with all who watch it."""
 
-    def stage1(self, teacher: PreTrainedModel) -> Path | None:
+        def trackers() -> list:
+            return open_trackers(self.store.root / "tensorboard" / s.study, f"{self.name} {name}", key, s.tracker)
+
+        s = self.s
+        with Watch(work, steps, stage.batch_size * s.seq_len, trackers, self.stop) as watch:
+            yield Run(f"{self.name} {name}", work, key, self.device, self.precision, s.checkpoint_every, s.log_every, watch,
+                      s.compile, s.checkpointing)  # fmt: skip
+
+    def stage1(self, teacher: PreTrainedModel | None = None) -> Path | None:
         """The artifact with the feature maps that stage 1 learns; None without a stage 1."""
         if self.stage1_key is None:
             return None
         key, s = self.stage1_key, self.s
 
         def build(work: Path) -> dict:
-            student = self.fresh_student(teacher, stage1=True)
-            objective = Align(teacher, student, s.stage1.feed)
+            source = teacher or self.teacher()
+            student = self.fresh_student(source, stage1=True)
+            objective = Align(source, student, s.stage1.feed)
             batches = Batches(self.train_tokens, s.seq_len, s.stage1.batch_size, s.seed)
-            result = train(objective, batches.batch, self.stage1_steps, s.stage1, self.run_of("stage 1", work, key))
+            with self.watched("stage 1", work, key, self.stage1_steps, s.stage1) as run:
+                result = train(objective, batches.batch, self.stage1_steps, s.stage1, run)
             maps = {n: p.detach().cpu().contiguous() for n, p in trainable(student, "stage1")}
             with weight_errors():
                 save_file(maps, work / "feature_maps.safetensors")
@@ -244,7 +274,8 @@ class Cell:
                 objective = FineTune(model, s.stage2.loss, own if distils else None, s.stage2.kl_weight)
                 batches = Batches(self.train_tokens, s.seq_len, s.stage2.batch_size, s.seed, self.first_block)
                 name = {"two_stage": "stage 2", "one_step": "one step"}.get(s.recipe, "adapt teacher")
-                result = train(objective, batches.batch, self.stage2_steps, s.stage2, self.run_of(name, work, key))
+                with self.watched(name, work, key, self.stage2_steps, s.stage2) as run:
+                    result = train(objective, batches.batch, self.stage2_steps, s.stage2, run)
             counts = report(model).counts if isinstance(model, StudentForCausalLM) else adapted_counts(model)
             with weight_errors():
                 model.save_pretrained(work / "model")
@@ -284,7 +315,7 @@ class Cell:
                     model = load_student(folder) if self.is_student else load_teacher(folder)
                 losses = losses_of(model, "evaluate")
                 found: dict[str, Any] = summarise(losses, held.text_bytes / len(held))
-                found |= measure(model, s, held, tokenizer=self.tokenizer, teacher=self.teacher, losses=losses, precision=self.precision)
+                found |= measure(model, s, held, tokenizer=self.inputs.tokenizer(s.teacher), teacher=self.teacher, losses=losses, precision=self.precision)
             if self.is_student:
                 with explained("evaluate start"):
                     found["ppl_start"] = summarise(losses_of(self.converted(self.teacher()), "evaluate start"))["ppl"]
@@ -300,9 +331,6 @@ class Cell:
         """The settings as plain data, for people and records."""
         return dataclasses.asdict(self.s)
 
-    def timed(self, name: str):
-        return _Timer(self.timing, name)
-
     def done(self) -> dict | None:
         """The record of this cell in this study, if there is one and force=true doesn't ask for another."""
         folder = self.store.run_path(self.s.study, self.name, self.key)
@@ -313,39 +341,15 @@ class Cell:
 
     def run(self) -> dict:
         """Do what is missing, write the record into the cell's run folder, and return it."""
-        s, started = self.s, provenance()
         if record := self.done():
             return record
-        folder = self.store.run_dir(s.study, self.name, self.key)
-        if s.force:
+        if self.s.force:
             self.forget()
-            folder = self.store.next_run_dir(s.study, self.name, self.key) if self.store.read_record(folder) else folder
-        say(f"{s.study}/{self.name}: {self.summary()}")
-        atomic_write(folder / "config.yaml", to_yaml(self.described()))
-        atomic_write(folder / "provenance.json", to_json(started, indent=1))
-        self.enough_text()
-        evaluated = self.evaluate()
-        metrics = json.loads((evaluated / "metrics.json").read_text())
-        if (evaluated / "losses.json").exists():  # evaluations made by earlier versions have none
-            shutil.copyfile(evaluated / "losses.json", folder / "losses.json")
-        results = {k: self.store.read_json(k, key)["result"] for k, key in self.training_steps()}
-        write_log(folder / "metrics.jsonl", [(k, self.store.path(k, key) / "metrics.jsonl") for k, key in self.training_steps()])
-        second = results.get("student", {})
-        record = {
-            "schema": 1, "study": s.study, "cell": self.name, "row": s.row, "key": self.key, "status": "done",
-            "settings": self.described(), "metrics": metrics,
-            "params": second.get("params") or teacher_counts(self.teacher()),
-            "tokens": {"stage1": results.get("stage1", {}).get("tokens", 0), "stage2": second.get("tokens", 0)},
-            "timing": self.timing | {f"{k}_seconds": r["seconds"] for k, r in results.items()}
-            | {f"{k}_tokens_per_second": r["tokens_per_second"] for k, r in results.items() if "tokens_per_second" in r},
-            "peak_memory": {k: r.get("peak_memory") for k, r in results.items()},
-            "provenance": {**provenance(), "started": started["started"], "data": spec_fingerprint(self.spec),
-                           "teacher": fingerprint(s.teacher), "precision": self.precision, "device_type": self.device.type,
-                           "scan": resolve_scan(s.scan, self.device, 0, s.decay),
-                           "artifacts": {"tokens": self.tokens_key, **dict(self.training_steps()), "eval": self.key}},
-        }  # fmt: skip
-        self.store.write_record(folder, record)
-        return record
+        say(f"{self.s.study}/{self.name}: {self.summary()}")
+        started = provenance()["started"]
+        for kind in self.step_keys():
+            self.run_step(kind)
+        return write_record(self, started)
 
     def training_steps(self) -> list[tuple[str, str]]:
         return [(kind, key) for kind, key in (("stage1", self.stage1_key), ("student", self.student_key)) if key]
@@ -366,19 +370,6 @@ class Cell:
         return f"{what}; {human(self.stage1_steps * s.stage1.batch_size * s.seq_len)} + {human(s.stage2_tokens)} tokens, seed {s.seed}"
 
 
-class _Timer:
-    """Adds the seconds spent inside to times[name]."""
-
-    def __init__(self, times: dict[str, float], name: str):
-        self.times, self.name = times, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start
-
-
 def recipe_of(stage: Any) -> dict:
     """A stage's settings that determine its result (how a batch is cut up for memory does not)."""
     return {k: v for k, v in dataclasses.asdict(stage).items() if k != "micro_batch"}
@@ -387,20 +378,3 @@ def recipe_of(stage: Any) -> dict:
 def adapted_counts(model: PreTrainedModel) -> dict:
     counts = teacher_counts(model)
     return counts | {"trainable": counts["total"] - counts["by_part"]["embeddings"]}
-
-
-def write_log(path: Path, logs: list[tuple[str, Path]]) -> None:
-    """The cell's metrics.jsonl: the steps' logs one after the other, each line with its stage."""
-    lines = []
-    for kind, log in logs:
-        if log.exists():
-            stage = "stage1" if kind == "stage1" else "stage2"
-            lines += [json.dumps({"stage": stage, **json.loads(line)}) for line in log.read_text().splitlines()]
-    atomic_write(path, "".join(line + "\n" for line in lines))
-
-
-def to_yaml(settings: dict) -> str:
-    """Settings as YAML, for people."""
-    import yaml
-
-    return yaml.safe_dump(settings, sort_keys=False)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,26 +14,30 @@ from hm.adapters import adapter_for, max_seq_len
 from hm.config import Settings
 from hm.convert import kept_layers
 from hm.errors import UserError
+from hm.inputs import Inputs
 from hm.ops import resolve_scan
 from hm.tasks import check_data
-from hm.teacher import load_config
 
 
-def check(settings: Settings) -> Settings:
+def check(settings: Settings, device: torch.device | None = None, inputs: Inputs | None = None) -> Settings:
     """The settings, resolved; everything that can be seen to be wrong before work begins is refused here.
+
+    device: what the cell will run on, where that is another machine; its scan is then checked over there.
 
     Raises:
         UserError: one sentence that names the setting, the value and the remedy.
     """
     s = settings.resolve()
-    config = load_config(s.teacher)
+    config = (inputs or Inputs()).config(s.teacher)
     longest = max_seq_len(config)
     if s.seq_len > longest:
         raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
     if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
         raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
-    device = pick_device(s.device)
-    resolve_scan(s.scan, device, 2 * adapter_for(config).shape(config).head_dim, s.decay)
+    if device is None:
+        resolve_scan(s.scan, pick_device(s.device), 2 * adapter_for(config).shape(config).head_dim, s.decay)
+    if s.tracker == "wandb" and find_spec("wandb") is None:
+        raise UserError("tracker=wandb, but the package wandb is not installed; run `pip install wandb`, or leave tracker out.")
     data_exists(s)
     check_data(s.eval)
     return s

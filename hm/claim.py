@@ -123,6 +123,23 @@ def _end_claim(path: Path, seen: _Seen, successor: Path | None = None, if_unchan
         end.unlink(missing_ok=True)
 
 
+def holder(path: Path, stale_after: float) -> dict[str, Any] | None:
+    """Who holds the claim (host, pid, time, job), for one who only looks; None if nobody does who shows life.
+
+    Unlike a `Claimant` this trusts the clocks of the two machines.
+    """
+    seen = _Seen.read(path)
+    if seen is None or time.time() - seen.mtime_ns / 1e9 > stale_after or seen.process_is_gone():
+        return None
+    return seen.holder
+
+
+def slurm_job() -> str | None:
+    """The id of the SLURM job that this process runs in: 123, or 123_4 in an array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
 class Claim:
     """A claim that is held: as a context, renewed by a thread and released at the end. `lost`: taken over."""
 
@@ -173,7 +190,7 @@ class Claimant:
         """The claim, fresh or taken over from the dead; None while another holds it."""
         token = uuid.uuid4().hex
         data = to_json({"token": token, "host": socket.gethostname(), "pid": os.getpid(),
-                        "pid_space": _pid_space(), "process_start": _process_start(os.getpid()),
+                        "pid_space": _pid_space(), "process_start": _process_start(os.getpid()), "job": slurm_job(),
                         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode()
         seen = _Seen.read(self.path)
         if seen is None:

@@ -26,9 +26,11 @@ MIXERS: dict[str, dict[str, bool]] = {
     "ssm_conv": {"ssm": True, "conv": True, "gate": False},
     "hedgemamba": {"ssm": True, "conv": True, "gate": True},
     "gate": {"ssm": False, "conv": False, "gate": True},
+    "hedgehog_bypass": {"ssm": False, "conv": False, "gate": False},
     "mamba": {"ssm": True, "conv": True, "gate": True},
 }
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
+TRACKERS = ("tensorboard", "wandb")
 LOSSES = ("ce", "kl", "ce+kl")
 DECAYS = ("head", "channel")
 SCANS = ("auto", "fused", "ssd", "selective_scan", "chunked", "recurrent", "naive")
@@ -166,6 +168,7 @@ class Settings:
     force: bool = setting(False, "run a finished cell again, beside the old one", "true")
     checkpoint_every: int = setting(200, "steps between checkpoints", "1000")
     log_every: int = setting(10, "steps between logged losses", "50")
+    tracker: str = setting("tensorboard", "TensorBoard's event files (in runs/tensorboard), or Weights & Biases as well", "wandb", TRACKERS)
     feature_map: FeatureMap = field(default_factory=FeatureMap)
     mamba: MambaInit = field(default_factory=MambaInit)
     stage1: Stage1 = field(default_factory=Stage1)

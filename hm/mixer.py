@@ -372,3 +372,6 @@ def build_mixer(spec: MixerSpec, layer_idx: int) -> BaseMixer:
     if spec.kind not in KINDS:
         raise UserError(f"mixer={spec.kind} is not registered here; import the file that registers it first (known: {', '.join(KINDS)}).")
     return KINDS[spec.kind](spec, layer_idx)
+
+
+import hm.bypass  # noqa: E402, F401

@@ -18,3 +18,10 @@ def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
 def say(text: str) -> None:
     """A line on standard error that does not run into a bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+def quiet() -> None:
+    """Only our own progress bars: not those of Transformers for each file that it reads."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()

@@ -24,12 +24,17 @@ def provenance() -> dict[str, Any]:
     commit, dirty = _git(Path(__file__).parent)
     return {"git_commit": commit, "git_dirty": dirty, "packages": _versions(), "host": socket.gethostname(),
             "platform": platform.platform(), "cpus": os.cpu_count(), "device": _device(),
-            "command": _command(),
+            "command": command_line(),
             "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def _command() -> str:
-    """The command line as one would type it in the checkout: `python sweep.py ...` or `python -m hm.pretrain ...`."""
+def command_line() -> str:
+    """The command line as one would type it in the checkout: `python sweep.py ...` or `python -m hm.pretrain ...`.
+
+    In a job that a sweep started it is the sweep's, which stands in HM_COMMAND.
+    """
+    if given := os.environ.get("HM_COMMAND"):
+        return given
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     if main is not None and main.name != "__main__":
         program = ["-m", main.name.removesuffix(".__main__")]

@@ -36,6 +36,7 @@ from hm.files import (
 )
 
 FORMAT = 1
+OWN_FOLDERS = ("artifacts", "jobs", "tensorboard")
 
 
 def content_key(obj: Mapping, length: int = 16) -> str:
@@ -158,8 +159,8 @@ class Store:
 
     def run_path(self, study: str, cell: str, key: str) -> Path:
         """Where the run lies or would lie; nothing is made."""
-        if study == "artifacts":
-            raise UserError("study 'artifacts' is the name of the store's own folder: choose another")
+        if study in OWN_FOLDERS:
+            raise UserError(f"study {study!r} is the name of a folder of the store's own: choose another")
         return self.root / _name(study, "study") / f"{_name(cell, 'cell')}-{_name(key, 'key')}"
 
     def run_dir(self, study: str, cell: str, key: str) -> Path:
@@ -193,7 +194,7 @@ class Store:
     def records(self, study: str | None = None) -> Iterator[dict[str, Any]]:
         """The records of all runs that are done, of one study or of all, in the order of their folders."""
         for path in sorted(self.root.glob(f"{study or '*'}/*/record.json")):
-            if path.parent.parent.name != "artifacts":
+            if path.parent.parent.name not in OWN_FOLDERS:
                 yield self._load_json(path)
 
     @staticmethod

@@ -110,7 +110,7 @@ def _part_fingerprint(part: str) -> dict[str, Any]:
         return {"docstrings": docstrings.fingerprint()}
     if part.startswith("hf:"):
         return {"hf": part.removeprefix("hf:")}
-    return {"files": [_file_digest(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in _files(part)]}
+    return {"files": [_file_digest(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in source_files(part)]}
 
 
 @cache
@@ -125,13 +125,13 @@ def _read(part: str, text_key: str, split: str) -> Iterator[str]:
     elif part.startswith("hf:"):
         texts = _read_hub(part, text_key)
     else:
-        texts = (text for path in _files(part) for text in _read_file(path, text_key))
+        texts = (text for path in source_files(part) for text in _read_file(path, text_key))
     for text in texts:
         if text and not text.isspace():
             yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _files(part: str) -> list[Path]:
+def source_files(part: str) -> list[Path]:
     """The files that a path, folder or glob names, in sorted order."""
     path = Path(part).expanduser()
     if path.is_file():

@@ -31,9 +31,16 @@ class Diverged(UserError):
     """The loss is no longer finite; the message says at which step, in which layer, and what to try."""
 
 
+class Interrupted(Exception):
+    """Training was asked to stop (`Run.stop`); a checkpoint holds every step that was done."""
+
+
 @dataclass
 class Run:
-    """Where and how a training run happens, apart from what is learnt."""
+    """Where and how a training run happens, apart from what is learnt.
+
+    `stop` is asked after each step with the number of steps done; True: save a checkpoint and raise `Interrupted`.
+    """
 
     name: str
     workdir: Path
@@ -42,6 +49,7 @@ class Run:
     precision: str = "fp32"
     checkpoint_every: int = 200
     log_every: int = 10
+    stop: Callable[[int], bool] = lambda step: False
     compile: bool | None = None  # None: on CUDA
     checkpointing: bool = False
 
@@ -85,6 +93,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
 
     Raises:
         Diverged: when the loss is not finite.
+        Interrupted: when `run.stop` asked for it.
         UserError: when a checkpoint there was made with other settings.
     """
     optimizer = make_optimizer(objective, stage)
@@ -119,7 +128,8 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
             finite = torch.isfinite(found["loss"] + norm)
             broken = torch.where((broken < 0) & ~finite, step, broken)
             logged = step % run.log_every == 0 or step == steps - 1
-            saved = (step + 1) % run.checkpoint_every == 0 and step + 1 < steps
+            stopping = run.stop(step + 1) and step + 1 < steps
+            saved = stopping or ((step + 1) % run.checkpoint_every == 0 and step + 1 < steps)
             if ahead:  # no waiting for the GPU: the optimiser itself leaves the weights alone from the broken step on
                 optimizer.found_inf = (broken >= 0).float()  # type: ignore[attr-defined]
             if (logged or saved or not ahead) and broken >= 0:
@@ -140,6 +150,8 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
                 out.flush()
                 spent = seconds + time.perf_counter() - start
                 save(objective, optimizer, names, folder, step + 1, {"seconds": spent}, run)
+            if stopping:
+                raise Interrupted(f"{run.name} was asked to stop and saved its state after step {step + 1} of {steps}")
     optimizer.zero_grad(set_to_none=True)
     if cuda:
         torch.cuda.synchronize(run.device)

@@ -180,7 +180,7 @@ def test_a_forced_run_lies_beside_the_old_ones(tmp_path):
     assert store.run_dir("split", "a", "k").name == "a-k"
 
 
-@pytest.mark.parametrize("study", ["../up", "a/b", "", ".hidden", "artifacts"])
+@pytest.mark.parametrize("study", ["../up", "a/b", "", ".hidden", "artifacts", "jobs"])
 def test_a_study_that_cannot_name_a_folder_is_refused(tmp_path, study):
     with pytest.raises(UserError, match="study"):
         Store(tmp_path).run_dir(study, "a", "k")

@@ -6,13 +6,11 @@ import re
 import runpy
 import subprocess
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from hm.config import names
@@ -50,24 +48,6 @@ def small(tmp_path_factory, make_teacher, byte_tokenizer):
     ]  # fmt: skip
 
 
-class InThisProcess:
-    """In place of the launcher's pool of processes, each of which would take seconds to start."""
-
-    def __init__(self, *args):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        pass
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder, and the checkout importable as it is for `python sweep.py`."""
@@ -76,8 +56,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.delenv("HM_RUNS", raising=False)
-    launcher = Plugins.instance().class_name_to_class["hydra_plugins.hedgemamba.LocalLauncher"]
-    monkeypatch.setitem(launcher.launch.__globals__, "ProcessPoolExecutor", InThisProcess)
     for name in ("HYDRA_FULL_ERROR", "TRITON_CACHE_AUTOTUNING"):
         monkeypatch.setenv(name, "1")
     return folder
@@ -92,6 +70,8 @@ def sweep(here, tmp_path, monkeypatch, capfd):
 
     def run(*arguments, runs=tmp_path / "runs"):
         given = [*arguments, f"runs={runs}"] if runs else list(arguments)
+        if "-m" in arguments:
+            given.append("hydra.launcher.jobs=0")  # in this process: others would take seconds to start
         monkeypatch.setattr(sys, "argv", [str(SWEEP), *given])
         capfd.readouterr()
         status = 0
@@ -335,7 +315,7 @@ def resolved(*overrides):
     with initialize_config_dir(str(ROOT / "sweeps"), version_base="1.3"):
         config = compose("config", list(overrides), return_hydra_config=True)
     OmegaConf.set_readonly(config.hydra, False)
-    return entry.settings_of(config, list(overrides)).resolve(), config
+    return entry.settings_of(entry.plain_of(config), list(overrides)).resolve(), config
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hm.convert import convert
 from hm.data import Batches
 from hm.errors import UserError
 from hm.objectives import Align, FineTune, Objective
-from hm.train import Diverged, Run, learning_rate, make_optimizer, train
+from hm.train import Diverged, Interrupted, Run, learning_rate, make_optimizer, train
 
 STAGE = Stage(lr=3e-3, lr_new=1e-2, warmup=0.2, batch_size=4)
 
@@ -124,6 +125,20 @@ def test_a_run_that_was_stopped_twice_equals_one_that_never_was_bit_for_bit(
     same = ("steps", "tokens", "final_loss")
     assert {k: found[k] for k in same} == {k: expected[k] for k in same}
     assert found["tokens"] == 14 * 4 * 17
+
+
+def test_a_run_that_is_asked_to_stop_saves_that_very_step_and_goes_on_from_it(objectives, run_in, batches):
+    whole, pieces = run_in("whole"), run_in("pieces")
+    unbroken, resumed, asked = objectives["stage2"](), objectives["stage2"](), []
+    train(unbroken, batches, 6, STAGE, whole)
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        train(objectives["stage2"](), batches, 6, STAGE, replace(pieces, stop=lambda done: done == 3))
+    asked_late = replace(pieces, stop=lambda done: done == 6)  # nothing is left to be saved: it ends as it would
+    train(resumed, lambda step: asked.append(step) or batches(step), 6, STAGE, asked_late)
+    assert asked[1:] == [3, 4, 5]
+    assert [line["step"] for line in lines(pieces)] == list(range(6))
+    own, other = unbroken.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(own[n], other[n]) for n in own)
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_starts_anew(objectives, run_in, batches):

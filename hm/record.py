@@ -1,0 +1,70 @@
+"""The record of a cell whose steps are all done: the one thing that tables are made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hm.convert import teacher_counts
+from hm.files import atomic_write, to_json
+from hm.ops import resolve_scan
+from hm.provenance import provenance
+
+if TYPE_CHECKING:
+    from hm.cell import Cell
+
+
+def write_record(cell: Cell, started: str | None = None) -> dict:
+    """Write the cell's run folder (record.json comes last) and return its record; beside an older one if force=true.
+
+    started: when the cell was begun, if not just now.
+    """
+    s, store, made = cell.s, cell.store, provenance()
+    folder = store.run_dir(s.study, cell.name, cell.key)
+    if s.force and store.read_record(folder):
+        folder = store.next_run_dir(s.study, cell.name, cell.key)
+    atomic_write(folder / "config.yaml", to_yaml(cell.described()))
+    atomic_write(folder / "provenance.json", to_json(made, indent=1))
+    evaluated = cell.evaluate()
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    if (evaluated / "losses.json").exists():  # evaluations made by earlier versions have none
+        shutil.copyfile(evaluated / "losses.json", folder / "losses.json")
+    trained = cell.training_steps()
+    results = {kind: store.read_json(kind, key)["result"] for kind, key in trained}
+    write_log(folder / "metrics.jsonl", [(kind, store.path(kind, key) / "metrics.jsonl") for kind, key in trained])
+    second = results.get("student", {})
+    record = {
+        "schema": 1, "study": s.study, "cell": cell.name, "row": s.row, "key": cell.key, "status": "done",
+        "settings": cell.described(), "metrics": metrics,
+        "params": second.get("params") or teacher_counts(cell.teacher()),
+        "tokens": {"stage1": results.get("stage1", {}).get("tokens", 0), "stage2": second.get("tokens", 0)},
+        "timing": {"tokenise": store.read_json("tokens", cell.tokens_key)["result"].get("seconds")}
+        | {f"{k}_seconds": r["seconds"] for k, r in results.items()}
+        | {f"{k}_tokens_per_second": r["tokens_per_second"] for k, r in results.items() if "tokens_per_second" in r},
+        "peak_memory": {k: r.get("peak_memory") for k, r in results.items()},
+        "provenance": {**made, "started": started or made["started"], "data": cell.inputs.text(cell.spec),
+                       "teacher": cell.inputs.teacher(s.teacher), "precision": cell.precision,
+                       "device_type": cell.device.type, "scan": resolve_scan(s.scan, cell.device, 0, s.decay),
+                       "artifacts": {"tokens": cell.tokens_key, **dict(trained), "eval": cell.key}},
+    }  # fmt: skip
+    store.write_record(folder, record)
+    return record
+
+
+def write_log(path: Path, logs: list[tuple[str, Path]]) -> None:
+    """The cell's metrics.jsonl: the steps' logs one after the other, each line with its stage."""
+    lines = []
+    for kind, log in logs:
+        if log.exists():
+            stage = "stage1" if kind == "stage1" else "stage2"
+            lines += [json.dumps({"stage": stage, **json.loads(line)}) for line in log.read_text().splitlines()]
+    atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def to_yaml(settings: dict) -> str:
+    """Settings as YAML, for people."""
+    import yaml
+
+    return yaml.safe_dump(settings, sort_keys=False)
