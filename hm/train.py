@@ -138,8 +138,6 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
             if replayed is None or not replayed.recorded:
                 optimizer.zero_grad(set_to_none=True)
             bar.update(per_step)
-            if step + 1 < steps:
-                tokens = on_device(batch(step + 1), run)
             if logged:
                 losses = {name: float(value) for name, value in found.items()}
                 bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
@@ -152,6 +150,8 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
                 save(objective, optimizer, names, folder, step + 1, {"seconds": spent}, run)
             if stopping:
                 raise Interrupted(f"{run.name} was asked to stop and saved its state after step {step + 1} of {steps}")
+            if step + 1 < steps:
+                tokens = on_device(batch(step + 1), run)
     optimizer.zero_grad(set_to_none=True)
     if cuda:
         torch.cuda.synchronize(run.device)
