@@ -6,7 +6,7 @@ import sys
 from hm.config import check_choice
 from hm.errors import UserError
 
-KINDS = ("training", "operator", "inference", "plot")
+KINDS = ("training", "operator", "inference")
 
 
 def main(argv: list[str]) -> None:

@@ -38,11 +38,16 @@ def attention_shape(shape: str) -> AttentionShape:
 
 
 def build_teacher(
-    shape: str, max_length: int = 131072, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    shape: str,
+    max_length: int = 131072,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
 ) -> PreTrainedModel:
-    """A model of that shape with random weights and PyTorch's own attention (SDPA)."""
+    """A model of that shape (or its first `layers` layers) with random weights and PyTorch's own attention (SDPA)."""
     torch.manual_seed(0)
+    config = shape_config(shape, max_length)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device(device):
-        config = shape_config(shape, max_length)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     return model.eval()

@@ -72,7 +72,7 @@ def test_a_students_state_is_as_large_at_every_context_and_a_teachers_cache_grow
         assert row["decode_tokens_per_second"] == pytest.approx(row["batch"] / row["seconds_per_token"])
         assert row["prefill_tokens_per_second"] == pytest.approx(row["batch"] * row["context"] / row["prefill_seconds"])
     held = {key: row["state_bytes_per_sequence"] for key, row in table.items()}
-    layers, heads, d = 2, 2, 32
+    layers, heads, d = 2, 4, 16
     assert {held["student", c, b] for c, b in ((64, 2), (256, 2), (64, 4))} == {4 * layers * (heads * 2 * d * (d + 1) + 3 * heads * d)}
     assert {c: held["teacher", c, 2] for c in (64, 256)} == {c: 4 * layers * 2 * heads * d * c for c in (64, 256)}
 
@@ -112,5 +112,5 @@ def test_the_default_grid_is_the_one_of_the_targets(capsys):
 def test_an_unknown_benchmark_is_refused_by_name():
     from hm.bench.__main__ import main as dispatch
 
-    with pytest.raises(UserError, match=r"inferense.*training, inference"):
+    with pytest.raises(UserError, match=r"inferense.*did you mean benchmark=inference"):
         dispatch(["inferense"])
