@@ -16,7 +16,7 @@ KINDS = ("training", "inference", "operator")
 _COLUMNS = {
     "tokens_per_second": ("tokens/s", "tokens", "up", 1),
     "share_of_peak": ("% of peak", "pct", "up", 100),
-    "ratio_to_teacher": ("x teacher", "ratio", "down", 1),
+    "ratio_to_teacher": ("x teacher", "ratio", "up", 1),
     "prefill_tokens_per_second": ("prefill\ntokens/s", "tokens", "up", 1),
     "decode_tokens_per_second": ("decode\ntokens/s", "tokens", "up", 1),
     "seconds_per_token": ("ms/token", "ms", "down", 1e3),
@@ -93,7 +93,7 @@ def _table(kind: str, device: str, group: list[Bench]) -> Table:
     filled = {key for row in rows for key in row.cells}
     columns = [Column(key, label, unit, better, block="speed")
                for key, (label, unit, better, _) in _COLUMNS.items() if key in filled]
-    notes = ["x teacher: time of a step over that of fine-tuning the teacher, in the same run."] * ("ratio_to_teacher" in filled)
+    notes = ["x teacher: tokens/s over those of fine-tuning the teacher, in the same run."] * ("ratio_to_teacher" in filled)
     commits = sorted({bench.commit[:12] for bench in group if bench.commit})
     notes += [f"Commit {', '.join(commits)}."] if commits else []
     return Table(f"speed ({kind}, {device})", f"{_TITLES[kind]} on {device}.", [Column("row", "what"), *columns], rows, notes)

@@ -51,13 +51,13 @@ class Estimator:
 
     @cached_property
     def bench(self) -> list[dict[str, Any]]:
-        """Rows of the training benchmark: {"stage", "parameters", "tokens_per_second", "device"}."""
+        """Rows of `python -m hm.bench training`: {"what", "parameters", "tokens_per_second", "device", ...}."""
         if not self.bench_file.is_file():
             return []
         try:
             found = json.loads(self.bench_file.read_text())
-            rows = found["rows"] if isinstance(found, dict) else found
-            return [r for r in rows if {"stage", "parameters", "tokens_per_second", "device"} <= r.keys()]
+            rows = [{"device": found["device"], **row} for row in found["rows"]]
+            return [r for r in rows if {"what", "parameters", "tokens_per_second"} <= r.keys()]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{self.bench_file} can't be read as benchmark rows ({error!r}); make it again or delete it.") from error
 
@@ -102,7 +102,7 @@ class Estimator:
         flops = self.flops(cell, kind)
         stage = {"stage1": "stage1", "student": "stage2" if cell.is_student else "teacher"}.get(kind)
         n = self.sizes(cell)
-        rows = [r for r in self.bench if r["stage"] == stage and ("cpu" in r["device"].lower()) == (cell.device.type == "cpu")]
+        rows = [r for r in self.bench if r["what"] == stage and ("cpu" in r["device"].lower()) == (cell.device.type == "cpu")]
         if rows and flops:
             size = n.student if stage == "stage2" else n.teacher
             row = min(rows, key=lambda r: (abs(math.log(r["parameters"] / size)), -r["tokens_per_second"]))

@@ -110,8 +110,9 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     seconds = (end - marks[first]) / args.steps
     rate = batch * seq_len / seconds
     flops = model_flops(objective, what, seq_len)
+    parameters = sum(p.numel() for p in objective.model.parameters())
     return row | {
-        "tokens_per_second": rate, "seconds_per_step": seconds, "flops_per_token": flops,
+        "parameters": parameters, "tokens_per_second": rate, "seconds_per_step": seconds, "flops_per_token": flops,
         "share_of_peak": rate * flops / args.rate, "peak_memory_bytes": peak_memory(device),
         "first_step_seconds": marks[1] - start, "final_loss": result["final_loss"],
     }  # fmt: skip
