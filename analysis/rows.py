@@ -62,6 +62,13 @@ def split_of(record: Record) -> str:
     return f"{round(percent, 1):g}/{round(100 - percent, 1):g}"
 
 
+def number(record: Record, name: str) -> float | None:
+    """The finite number at `name`, or None."""
+    value = record.get(name)
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if finite else None  # type: ignore[arg-type]
+
+
 def tokens_of(record: Record, stage: int) -> float | None:
     value = record.get(f"tokens.stage{stage}", record.get(f"settings.stage{stage}_tokens"))
     return float(value) if isinstance(value, int | float) else None
@@ -140,8 +147,7 @@ def _as_long(record: Record, others: list[Record]) -> bool:
 
 
 def _budget(record: Record, name: str) -> str:
-    value = record.get(name, "")
-    return human(value) if isinstance(value, int | float) else str(value)
+    return amount(record.get(name, ""))
 
 
 # --- rows --------------------------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ def derived_row(record: Record, study: str) -> str:
     if study == "split":
         return whose + split
     if study == "budget" and (budget := record.get("settings.budget")):
-        return whose + human(budget)
+        return whose + amount(budget)
     if study == "demo":
         return "0/100" if (mixer, split) == ("hedgemamba", "0/100") else f"{mixer} {split}"
     return mixer
@@ -197,7 +203,7 @@ def apart(named: list[tuple[str, Record]], notes: list[str]) -> list[tuple[str, 
 
 
 def _readable(value: Any, plain: str) -> str:
-    return human(value) if isinstance(value, int) and value >= 1000 else plain
+    return human(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 1000 else plain
 
 
 def cell_names(records: list[Record]) -> list[tuple[str, Record]]:
@@ -280,3 +286,8 @@ def human(count: float) -> str:
         if count >= size:
             return f"{count / size:.4g}{unit}"
     return f"{count:.4g}"
+
+
+def amount(value: Any) -> str:
+    """A number of tokens as people say it; what is no number as text."""
+    return human(value) if isinstance(value, int | float) and not isinstance(value, bool) else text(value)
