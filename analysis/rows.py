@@ -25,11 +25,13 @@ YARDSTICK = tuple(f"settings.{s}" for s in ("teacher", "data", "validation", "se
 # Settings that say how or where a cell is run or what else is measured, not what is trained.
 OPERATIONAL = {f"settings.{s}" for s in (
     "seed", "study", "row", "scale", "force", "device", "scan", "compile", "checkpoint_every", "log_every", "export",
-    "default_budget", "checkpointing", "stage1.micro_batch", "stage2.micro_batch")}
+    "default_budget", "checkpointing", "tracker", "stage1.micro_batch", "stage2.micro_batch")}
+# Settings that older records lack, with the value that they had in effect.
+SINCE = {"settings.decay": "head"}
 # Settings that a recipe doesn't read.
-UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "stage1.", "feature_map.", "mamba.",
+UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "decay", "stage1.", "feature_map.", "mamba.",
                                                 "keep_attention"),
-          "one_step": ("mixer", "ssm", "conv", "gate", "stage1.", "feature_map.")}
+          "one_step": ("mixer", "ssm", "conv", "gate", "decay", "stage1.", "feature_map.")}
 
 
 def records_of(frame: pd.DataFrame) -> list[Record]:
@@ -85,7 +87,7 @@ def hybrid(record: Record) -> str:
 def settings_that_matter(record: Record) -> dict[str, str]:
     """The settings that decide what is trained, apart from the seed, as text."""
     unused = UNUSED.get(recipe_of(record), ())
-    return {k: text(v) for k, v in record.items() if k.startswith("settings.") and k not in OPERATIONAL
+    return {k: text(v) for k, v in record.items() if k.startswith("settings.") and k not in OPERATIONAL and SINCE.get(k) != v
             and (k in YARDSTICK or not (k.startswith("settings.eval.")
                                         or k.removeprefix("settings.").startswith(unused or ("\0",))))}
 

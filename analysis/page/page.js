@@ -114,7 +114,7 @@ function verdicts() {
       el("p", {}, `At ${claim.where}: ${head.why}.`),
       head.decide ? [el("p", { class: "muted" }, "This run would decide it:"), copyable(head.decide)] : null,
       el("details", {}, el("summary", {}, "Rule, evidence and controls"),
-        el("h4", {}, "Rule, written before the data were seen"), el("p", {}, claim.rule), el("p", { class: "muted" }, claim.reason),
+        el("h4", {}, "Rule, fixed before any record was judged"), el("p", {}, claim.rule), el("p", { class: "muted" }, claim.reason),
         [...claim.findings].reverse().map((finding) => el("div", { class: "place" },
           el("p", {}, badge(finding.verdict), ` ${finding.where}: ${finding.why}`),
           el("ul", {}, finding.evidence.map((line) => el("li", {}, line)),

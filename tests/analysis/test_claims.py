@@ -136,6 +136,16 @@ def test_a_hedgehog_with_as_many_parameters_that_is_as_good_breaks_the_gates_cla
     assert "as many parameters" in said(found)[0]
 
 
+@pytest.mark.parametrize(("bypass", "verdict"), [(29.9, "not reproduced"), (30.9, "reproduced")])
+def test_the_linear_path_is_a_control_also_at_another_split(lab, bypass, verdict):
+    ladder(lab)
+    lab.cell("hedgemamba", 30.0)
+    lab.cell("hedgehog_bypass", bypass, params=7_300_000)
+    found = lab.verdict("C4")
+    assert found.verdict == verdict
+    assert "hedgehog_bypass 10/90" in said(found)[1]
+
+
 @pytest.mark.parametrize(("others", "verdict"), [
     ({0: 35.0, 100: 50.0, 50: 32.0}, "reproduced"), ({0: 29.0, 100: 50.0, 50: 32.0}, "not reproduced"), ({0: 35.0}, "undecided"),
     ({0: 35.0, 100: 50.0, 50: 32.0, 25: 29.0}, "reproduced")])
@@ -202,6 +212,12 @@ def test_the_headline_is_the_largest_place_that_is_decided(lab):
     found = lab.verdict("C2")
     assert [f.verdict for f in found.findings] == ["reproduced", "undecided"]
     assert (found.verdict, "1k tokens" in found.where) == ("reproduced", True)
+
+
+def test_records_from_before_a_setting_was_there_go_with_its_default(lab):
+    lab.cell("hedgemamba", 30.0)
+    lab.cell("hedgehog", 33.0, decay="head")
+    assert "each at its own" not in said(lab.verdict("C2"))[1]
 
 
 def test_hybrids_take_no_part(lab):

@@ -129,7 +129,7 @@ def test_a_verdict_shows_its_rule_evidence_and_the_run_that_would_decide_it(brow
     browser.open(page)
     browser.js("document.querySelector('#C7 details').open = true")
     shown = " ".join(browser.texts("#C7"))
-    for part in ("undecided", "Rule, written before", "C2 reproduced", "python sweep.py -m +study=main"):
+    for part in ("undecided", "Rule, fixed before", "C2 reproduced", "python sweep.py -m +study=main"):
         assert part in shown
 
 
