@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from analysis import claims, paper
 from analysis.claims import RULES, judge
 from analysis.load import load_records
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"hedgehog": {}, "ssm": {"ssm"}, "ssm_conv": {"ssm", "conv"}, "hedgemamba": {"ssm", "conv", "gate"}, "gate": {"gate"}}
 
 
@@ -237,3 +239,20 @@ def test_the_command_writes_the_verdicts_and_the_same_bytes_again(lab, runs, tmp
     assert [(f.read_bytes(), f.stat().st_mtime_ns) for f in files] == before
     assert [c["id"] for c in json.loads(files[1].read_text())] == list(paper.CLAIMS)
     assert "| C1. " in capsys.readouterr().out
+
+
+def test_the_runs_that_would_decide_are_command_lines_that_the_sweep_takes(lab, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("HM_RUNS", str(tmp_path / "runs"))
+    from sweep import check_typed
+
+    lab.teacher(scale="tiny")
+    lab.cell("hedgemamba", 30.0, seeds=1)
+    lab.cell("hedgemamba", 30.2, total=2000, seeds=1)
+    lab.cell("mamba", 144.4, split=0, recipe="one_step", seeds=1)
+    commands = {f.decide for c in ("C1", "C2", "C3", "C4", "C5", "C6", "C7") for f in lab.verdict(c).findings if f.decide}
+    assert len(commands) == 5
+    for command in commands:
+        python, script, *typed = shlex.split(command)
+        assert (python, script) == ("python", "sweep.py")
+        check_typed(typed)
