@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis.rows import number
 from analysis.table import Cell, Column, Row, Table
 
 SCHEMA = 1
@@ -63,13 +63,6 @@ def load_bench(folder: str | Path) -> tuple[list[Bench], list[tuple[str, str]]]:
         except (ValueError, OSError, RecursionError) as error:
             problems.append((name, str(error)))
     return found, problems
-
-
-def number(row: dict[str, Any], key: str) -> float | None:
-    """The finite number at `key`, or None."""
-    value = row.get(key)
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if finite else None  # type: ignore[arg-type]
 
 
 def speed_tables(benches: list[Bench]) -> list[Table]:

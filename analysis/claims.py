@@ -3,7 +3,7 @@
     python analysis/claims.py --runs runs        # prints the verdicts and writes <out>/claims.{md,json}
 
 A verdict is about one place: a teacher, a text and a budget. It says what holds there and nothing about larger ones.
-The rules were written before the records were looked at; judges.py carries them out.
+The thresholds come from the paper's figures and were fixed before any record was judged; judges.py applies them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RULES = {
            "Only a bound was published, 100 against a teacher of 13.86. Absolute perplexities of different teachers don't compare, so "
            "it is carried over as a ratio. A variant that does not collapse shows that the recipe collapses, not the single step."),
     "C4": ("At one split: +SSM and +SSM+conv are not ahead of Hedgehog by 1% (the intervals exclude it), and +SSM+conv+gate is "
-           "ahead of +SSM+conv (p < 0.05). Where the controls were run, the gate alone is ahead of Hedgehog, and of a Hedgehog "
-           "with as many parameters. Reproduced if all hold, not if the data exclude one.",
+           "ahead of +SSM+conv (p < 0.05). Where the controls were run, at this split or else at another, the gate alone is ahead of "
+           "Hedgehog, and of a Hedgehog with as many parameters. Reproduced if all hold, not if the data exclude one.",
            "The gate adds 7% of parameters and comes last in the ladder, so without the controls its gain could be that of size "
            "or of the parts before it."),
     "C5": ("10/90 is below 0/100, below 100/0 and below every split with half or more of the tokens in stage 1 (p < 0.05 after "

@@ -102,12 +102,34 @@ def closeness(places: Sequence[Place], root: str) -> Iterator[Finding]:
 
 
 def _baselines(place: Place, split: str, student: Cells) -> tuple[Cells | None, Cells | None]:
-    """The Hedgehog to compare `student` with, and the one with as many parameters (within 1%), if they were run."""
+    """The Hedgehog to compare `student` with, and the control with as many parameters, if they were run.
+
+    The control is a Hedgehog with a linear path past it (hedgehog_bypass), or one that is as large within 1%.
+    """
     found = place.variants("hedgehog", split)
-    wide = [c for c in found if c.params >= 0.99 * student.params > 0]
-    plain = [c for c in found if c not in wide]
+    large = [c for c in found if c.params >= 0.99 * student.params > 0]
+    plain = [c for c in found if c not in large]
     same = [c for c in plain if c.settings == student.settings]
-    return (min(same or plain, key=lambda c: c.ppl, default=None), min(wide, key=lambda c: c.ppl, default=None))
+    wide = [*large, *place.variants("hedgehog_bypass", split)]
+    return min(same or plain, key=lambda c: c.ppl, default=None), min(wide, key=lambda c: c.ppl, default=None)
+
+
+def _controls(case: Case, split: str) -> dict[str, Difference | None]:
+    """What speaks against the gate if it is not ahead, at `split` or else at the first split where it was run."""
+    place, found = case.place, {}
+    for at in [split, *(s for s in case.place.splits if s != split)]:
+        gate, full = place.best("gate", at), place.best("hedgemamba", at)
+        if (first := full or gate) is None:
+            continue
+        plain, wide = _baselines(place, at, first)
+        if gate and plain:
+            found["the gate alone is not ahead of Hedgehog"] = case.compare(gate, plain, control=True)
+        for ahead in (gate, full):
+            if ahead and wide:
+                found[f"{ahead.name} is not ahead of a Hedgehog with as many parameters"] = case.compare(ahead, wide, control=True)
+        if found:
+            break
+    return found
 
 
 def _ahead(place: Place, root: str) -> Finding | None:
@@ -185,19 +207,12 @@ def parts(places: Sequence[Place], root: str) -> Iterator[Finding]:
             continue
         case, cells = Case(place, root), {m: place.best(m, split) for m in ladder}
         full, base = cells["hedgemamba"], cells["hedgehog"]
-        wide = None
         if full and base:
-            plain, wide = _baselines(place, split, full)
-            cells["hedgehog"] = plain or base
+            cells["hedgehog"] = _baselines(place, split, full)[0] or base
         pairs = {"ssm": ("ssm", "hedgehog"), "ssm_conv": ("ssm_conv", "hedgehog"), "gate": ("hedgemamba", "ssm_conv")}
         found = {k: case.compare(cells[a], cells[b], _own(place, a, b, split)) if cells[a] and cells[b] else None  # type: ignore[arg-type]
                  for k, (a, b) in pairs.items()}
-        gate, controls = place.best("gate", split), {}
-        if gate and cells["hedgehog"]:
-            controls["the gate alone is not ahead of Hedgehog"] = case.compare(gate, cells["hedgehog"], control=True)
-        for ahead in filter(None, (gate, full)):
-            if wide:
-                controls[f"{ahead.name} is not ahead of a Hedgehog with as many parameters"] = case.compare(ahead, wide, control=True)
+        controls = _controls(case, split)
         wrong = [f"{m} alone is ahead by 1% or more" for m in ("ssm", "ssm_conv") if (d := found[m]) and d.high < -SMALLEST]
         wrong += ["the gate's advantage of 1% is excluded"] if (d := found["gate"]) and excluded(d) else []
         wrong += [text for text, d in controls.items() if d and excluded(d)]
@@ -327,7 +342,7 @@ def downstream(places: Sequence[Place], root: str) -> Iterator[Finding]:
         to_baseline = accuracy_difference(student.records, baseline.records, paper.TASKS) if baseline else None
         if to_teacher is None or to_baseline is None:
             yield case.finding(UNDECIDED, "the ten tasks were not all run for HedgeMamba, Hedgehog and the teacher",
-                               f"+study=main eval.tasks=[{','.join(paper.TASKS)}]", [student])
+                               "+study=main eval.tasks=all", [student])
             continue
         case.evidence += [f"mean of ten tasks, minus the teacher's: {to_teacher.points}", f"minus Hedgehog's: {to_baseline.points}"]
         each = {t: d for t in paper.TASKS if (d := accuracy_difference(student.records, baseline.records, [t]))}  # type: ignore[union-attr]
@@ -346,7 +361,7 @@ def downstream(places: Sequence[Place], root: str) -> Iterator[Finding]:
             yield case.finding(REPRODUCED, "the mean is within 3.4 points of the teacher's and not below Hedgehog's")
         else:
             yield case.finding(UNDECIDED, "the intervals reach across the limits",
-                               f"+study=main eval.tasks=[{','.join(paper.TASKS)}]", [student])
+                               "+study=main eval.tasks=all", [student])
 
 
 def _tasks(cells: Cells) -> bool:
@@ -360,7 +375,7 @@ def _mean(records: Sequence[Record]) -> float:
 def nowhere(claim: str, places: Sequence[Place]) -> Finding:
     """The finding on a claim none of whose cells were run: what would decide it at the largest place there is."""
     study = {"C1": "+study=main", "C2": "+study=main", "C3": "+study=one_step", "C4": "+study=mixer", "C5": "+study=split",
-             "C6": "+study=budget", "C7": "+study=main", "C8": f"+study=main eval.tasks=[{','.join(paper.TASKS)}]"}[claim]
+             "C6": "+study=budget", "C7": "+study=main", "C8": "+study=main eval.tasks=all"}[claim]
     if not places:
         return Finding("no place: no student was run", UNDECIDED, "its cells were not run", decide=f"python sweep.py -m {study} seed=0,1,2")
     case = Case(places[-1], "")

@@ -19,6 +19,7 @@ from analysis import command
 from analysis.bench import load_bench, speed_tables
 from analysis.export import keep_records, write_flat
 from analysis.formats import FORMATS
+from analysis.rows import records_of, text
 from analysis.table import Table
 from analysis.tables import build
 
@@ -49,7 +50,8 @@ def make(options: argparse.Namespace) -> None:
     frame = command.read(options.runs)
     names = command.chosen(frame, options.study, options.runs)
     made = {name: build(frame, name) for name in names}
-    if options.study is None and "scale" not in names and frame.loc[frame["study"] == "main", "settings.teacher"].nunique() > 1:
+    teachers = {text(r.get("settings.teacher")) for r in records_of(frame) if r["study"] == "main"}
+    if options.study is None and "scale" not in names and len(teachers) > 1:
         made["scale"] = build(frame, "scale")
     benches, problems = load_bench(options.bench or Path(options.out) / "bench")
     for name, reason in problems:

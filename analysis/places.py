@@ -161,7 +161,7 @@ def places(records: list[Record]) -> list[Place]:
     made = []
     for yard in yards.values():
         budgets = {r["settings.budget"] for r in yard if recipe_of(r) not in TEACHERS
-                   and isinstance(r.get("settings.budget"), int | float)}
+                   and isinstance(r.get("settings.budget"), int | float) and r["settings.budget"] > 0}
         untouched = [r.get("params.total", 0) for r in yard if recipe_of(r) in TEACHERS]
         size = max(untouched, default=min((r.get("params.total", 0) for r in yard), default=0))
         for budget in budgets:

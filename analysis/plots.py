@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from analysis import paper
-from analysis.bench import Bench, number
+from analysis.bench import Bench
 from analysis.export import thinned
 from analysis.places import Cells, Place, places
-from analysis.rows import MIXERS, Record, human, mixer_of, recipe_of
+from analysis.rows import MIXERS, Record, human, mixer_of, number, recipe_of
 from analysis.stats import LEVEL, student_t
 
 PAPER = "paper (Pythia-1B, 10B tokens)"
@@ -255,16 +255,23 @@ def _log(root: str, record: Record) -> list[dict[str, Any]]:
     return [json.loads(line) for line in thinned(log).splitlines()]
 
 
+def _leading(place: Place) -> list[Cells]:
+    """Of each mixer, recipe and teacher the cell with the lowest perplexity."""
+    best: dict[str, Cells] = {}
+    for cells in sorted(place.everything(), key=lambda c: c.ppl):
+        best.setdefault(_colour(cells), cells)
+    return [cells for cells in place.everything() if cells.name == best[_colour(cells)].name]
+
+
 def _downstream(place: Place, root: str) -> Iterator[Plot]:
     series: list[Series] = []
-    used: dict[str, int] = {}
-    for cells in place.everything():
+    for cells in _leading(place):
         found = {t: m for t in paper.TASKS if (m := _mean(cells, t))}
         if not found:
             continue
         errors = {t: next((r[f"metrics.{t}.stderr"] for r in cells.records if f"metrics.{t}.stderr" in r), None) for t in found}
         series.append(Series(cells.name, _colour(cells), [paper.METRICS[t].short for t in found], [m[0] for m in found.values()], "bar",
-                             list(errors.values()), dash=_dash(used, cells), paths=[_paths(cells)] * len(found),
+                             list(errors.values()), paths=[_paths(cells)] * len(found),
                              hover=[f"{cells.name}, {t}: {m[0]:.2f}%" for t, m in found.items()]))
     if series:
         yield Plot("downstream", "Zero-shot accuracy", "", "accuracy, %", series, place=place.label)
@@ -272,7 +279,7 @@ def _downstream(place: Place, root: str) -> Iterator[Plot]:
 
 def _position(place: Place, root: str) -> Iterator[Plot]:
     series = []
-    for cells in place.everything():
+    for cells in _leading(place):
         first = next((r for r in cells.records if isinstance(r.get("metrics.ppl_by_position.ppl"), list)), None)
         if first is None:
             continue
@@ -286,21 +293,20 @@ def _position(place: Place, root: str) -> Iterator[Plot]:
 
 
 def _decay(place: Place, root: str) -> Iterator[Plot]:
-    """The decay rate of each layer: of every cell the median head, of the best also the range over heads."""
+    """The decay rate of each layer: of each mixer's best cell the median head, of the best of all also the range over heads."""
     found = []
-    for cells in place.everything():
+    for cells in _leading(place):
         layers = next((x for r in cells.records if isinstance(x := r.get("metrics.diagnostics.layers"), list)), [])
         rates = {layer["layer"]: layer["decay_rate"] for layer in layers if isinstance(layer, dict) and "layer" in layer
                  and isinstance(layer.get("decay_rate"), list) and layer["decay_rate"]
                  and all(isinstance(v, int | float) for v in layer["decay_rate"])}
         found += [(cells, rates)] if rates else []
     series: list[Series] = []
-    used: dict[str, int] = {}
     for cells, rates in sorted(found, key=lambda pair: pair[0].ppl):
         low, middle, high = ([v[round(q * (len(v) - 1))] for v in rates.values()] for q in (0, 0.5, 1))
         if not series:
             series.append(Series(f"{cells.name}, range over heads", _colour(cells), list(rates), low, "band", top=high))
-        series.append(Series(f"{cells.name}, median", _colour(cells), list(rates), middle, dash=_dash(used, cells), paths=[_paths(cells)] * len(rates)))
+        series.append(Series(f"{cells.name}, median", _colour(cells), list(rates), middle, paths=[_paths(cells)] * len(rates)))
     if series:
         yield Plot("decay", "Decay rate by layer", "layer", "delta A, per token", series, place=place.label,
                    note="A token multiplies the state by exp(-delta A): 0 forgets nothing.")

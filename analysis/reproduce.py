@@ -21,7 +21,7 @@ from analysis import command
 from analysis.claims import judge
 from analysis.formats import markdown_text, to_markdown
 from analysis.load import load_records
-from analysis.rows import human, recipe_of, records_of, text
+from analysis.rows import human, number, recipe_of, records_of, text
 from analysis.tables import build, studies
 from hm.errors import UserError
 
@@ -61,13 +61,13 @@ def costs(frames: dict[str, pd.DataFrame]) -> str:
         steps: dict[str, float] = {}
         for r in records:
             for step, timed in (("stage1", "stage1_seconds"), ("student", "student_seconds")):
-                if f"timing.{timed}" in r:
-                    steps[str(r.get(f"provenance.artifacts.{step}", r["path"] + step))] = r[f"timing.{timed}"] * r.get("provenance.processes", 1)
+                if (seconds := number(r, f"timing.{timed}")) is not None:
+                    steps[str(r.get(f"provenance.artifacts.{step}", r["path"] + step))] = seconds * (number(r, "provenance.processes") or 1)
         memory = [v for r in records for k, v in r.items() if k.startswith("peak_memory.") and isinstance(v, int | float)]
-        budgets = sorted({r["settings.budget"] for r in records if recipe_of(r) != "teacher" and "settings.budget" in r})
+        budgets = {r["settings.budget"] for r in records if recipe_of(r) != "teacher" and isinstance(r.get("settings.budget"), int | float)}
         devices = sorted({str(r.get("provenance.device", "?")) for r in records})
         teachers = sorted({text(r.get("settings.teacher", "?")) for r in records})
-        rows.append((f"[results/{name}](results/{name})", ", ".join(teachers), ", ".join(map(human, budgets)), str(len(records)),
+        rows.append((f"[results/{name}](results/{name})", ", ".join(teachers), ", ".join(map(human, sorted(budgets))), str(len(records)),
                      ", ".join(devices), f"{sum(steps.values()) / 3600:.2f}", f"{max(memory) / 1e9:.1f}" if memory else "–"))
     return _grid(("records", "teacher", "budget", "cells", "device", "device-hours", "peak memory, GB"), rows, raw=(0,))
 

@@ -25,11 +25,13 @@ YARDSTICK = tuple(f"settings.{s}" for s in ("teacher", "data", "validation", "se
 # Settings that say how or where a cell is run or what else is measured, not what is trained.
 OPERATIONAL = {f"settings.{s}" for s in (
     "seed", "study", "row", "scale", "force", "device", "scan", "compile", "checkpoint_every", "log_every", "export",
-    "default_budget", "checkpointing", "stage1.micro_batch", "stage2.micro_batch")}
+    "default_budget", "checkpointing", "tracker", "stage1.micro_batch", "stage2.micro_batch")}
+# Settings that older records lack, with the value that they had in effect.
+SINCE = {"settings.decay": "head"}
 # Settings that a recipe doesn't read.
-UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "stage1.", "feature_map.", "mamba.",
+UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "decay", "stage1.", "feature_map.", "mamba.",
                                                 "keep_attention"),
-          "one_step": ("mixer", "ssm", "conv", "gate", "stage1.", "feature_map.")}
+          "one_step": ("mixer", "ssm", "conv", "gate", "decay", "stage1.", "feature_map.")}
 
 
 def records_of(frame: pd.DataFrame) -> list[Record]:
@@ -62,6 +64,13 @@ def split_of(record: Record) -> str:
     return f"{round(percent, 1):g}/{round(100 - percent, 1):g}"
 
 
+def number(record: Record, name: str) -> float | None:
+    """The finite number at `name`, or None."""
+    value = record.get(name)
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if finite else None  # type: ignore[arg-type]
+
+
 def tokens_of(record: Record, stage: int) -> float | None:
     value = record.get(f"tokens.stage{stage}", record.get(f"settings.stage{stage}_tokens"))
     return float(value) if isinstance(value, int | float) else None
@@ -78,7 +87,7 @@ def hybrid(record: Record) -> str:
 def settings_that_matter(record: Record) -> dict[str, str]:
     """The settings that decide what is trained, apart from the seed, as text."""
     unused = UNUSED.get(recipe_of(record), ())
-    return {k: text(v) for k, v in record.items() if k.startswith("settings.") and k not in OPERATIONAL
+    return {k: text(v) for k, v in record.items() if k.startswith("settings.") and k not in OPERATIONAL and SINCE.get(k) != v
             and (k in YARDSTICK or not (k.startswith("settings.eval.")
                                         or k.removeprefix("settings.").startswith(unused or ("\0",))))}
 
@@ -140,8 +149,7 @@ def _as_long(record: Record, others: list[Record]) -> bool:
 
 
 def _budget(record: Record, name: str) -> str:
-    value = record.get(name, "")
-    return human(value) if isinstance(value, int | float) else str(value)
+    return amount(record.get(name, ""))
 
 
 # --- rows --------------------------------------------------------------------------------------------------
@@ -157,7 +165,7 @@ def derived_row(record: Record, study: str) -> str:
     if study == "split":
         return whose + split
     if study == "budget" and (budget := record.get("settings.budget")):
-        return whose + human(budget)
+        return whose + amount(budget)
     if study == "demo":
         return "0/100" if (mixer, split) == ("hedgemamba", "0/100") else f"{mixer} {split}"
     return mixer
@@ -197,7 +205,7 @@ def apart(named: list[tuple[str, Record]], notes: list[str]) -> list[tuple[str, 
 
 
 def _readable(value: Any, plain: str) -> str:
-    return human(value) if isinstance(value, int) and value >= 1000 else plain
+    return human(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 1000 else plain
 
 
 def cell_names(records: list[Record]) -> list[tuple[str, Record]]:
@@ -280,3 +288,8 @@ def human(count: float) -> str:
         if count >= size:
             return f"{count / size:.4g}{unit}"
     return f"{count:.4g}"
+
+
+def amount(value: Any) -> str:
+    """A number of tokens as people say it; what is no number as text."""
+    return human(value) if isinstance(value, int | float) and not isinstance(value, bool) else text(value)

@@ -16,6 +16,7 @@ from analysis.rows import (
     TEACHERS,
     Record,
     agreeing,
+    amount,
     apart,
     borrowed,
     cell_names,
@@ -23,6 +24,7 @@ from analysis.rows import (
     groups,
     human,
     natural,
+    number,
     recipe_of,
     records_of,
     row_name,
@@ -123,7 +125,7 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
             row.cells.pop("bits_per_byte", None)
     columns = _columns(study, made)
     mark_best(made, columns)
-    if study == "budget" and any(human(r.get("settings.budget", 0)) != label
+    if study == "budget" and any(amount(r.get("settings.budget", 0)) != label
                                  for label in paper.TABLES["budget"].rows for r in taken.get(label, [])):
         notes.append("Rows are named by the paper's budgets; ours are in the columns of the stages.")
     if study == "demo":
@@ -156,7 +158,7 @@ def _caption(study: str, records: list[Record]) -> str:
                           ("budget", "budget")):
         found = [r[f"settings.{setting}"] for r in records
                  if f"settings.{setting}" in r and (setting != "budget" or recipe_of(r) != "teacher")]
-        values = {human(v) if setting == "budget" and isinstance(v, int | float) else text(v) for v in found}
+        values = {amount(v) if setting == "budget" else text(v) for v in found}
         ours += [f"{what} {', '.join(sorted(values, key=natural))}"] if values else []
     caption = f"{TITLES[study]}. Ours: {'; '.join(ours)}."
     if study == "controls":
@@ -247,12 +249,13 @@ def _accuracies(records: list[Record], teachers: list[Record]) -> dict[str, Cell
 def _cost(records: list[Record]) -> dict[str, Cell]:
     """What one seed of the row costs: both stages, whether or not the first was shared with another row."""
     hours, rates, memory = [], [], []
-    kinds = {r.get("provenance.device_type") for r in records}
+    kinds = {r.get("provenance.device_type") for r in records if isinstance(r.get("provenance.device_type"), str)}
     for r in records:
-        seconds = [r[f"timing.{s}_seconds"] for s in ("stage1", "student") if f"timing.{s}_seconds" in r]
-        hours += [sum(seconds) / 3600 * r.get("provenance.processes", 1)] if seconds else []
-        rates += [r["timing.student_tokens_per_second"]] if "timing.student_tokens_per_second" in r else []
-        memory += [max(m)] if (m := [r[f"peak_memory.{s}"] for s in ("stage1", "student") if f"peak_memory.{s}" in r]) else []
+        seconds, peaks = ([v for step in ("stage1", "student") if (v := number(r, name.format(step))) is not None]
+                          for name in ("timing.{}_seconds", "peak_memory.{}"))
+        hours += [sum(seconds) / 3600 * (number(r, "provenance.processes") or 1)] if seconds else []
+        rates += [rate] if (rate := number(r, "timing.student_tokens_per_second")) is not None else []
+        memory += [max(peaks)] if peaks else []
     name = "gpu_hours" if kinds == {"cuda"} else "cpu_hours" if kinds == {"cpu"} else ""
     cells = {name: Cell(statistics.fmean(hours))} if hours and name else {}
     cells |= {"tokens_per_second": Cell(statistics.fmean(rates))} if rates else {}

@@ -114,7 +114,7 @@ function verdicts() {
       el("p", {}, `At ${claim.where}: ${head.why}.`),
       head.decide ? [el("p", { class: "muted" }, "This run would decide it:"), copyable(head.decide)] : null,
       el("details", {}, el("summary", {}, "Rule, evidence and controls"),
-        el("h4", {}, "Rule, written before the data were seen"), el("p", {}, claim.rule), el("p", { class: "muted" }, claim.reason),
+        el("h4", {}, "Rule, fixed before any record was judged"), el("p", {}, claim.rule), el("p", { class: "muted" }, claim.reason),
         [...claim.findings].reverse().map((finding) => el("div", { class: "place" },
           el("p", {}, badge(finding.verdict), ` ${finding.where}: ${finding.why}`),
           el("ul", {}, finding.evidence.map((line) => el("li", {}, line)),
@@ -263,13 +263,13 @@ function plain(text) { return text.replaceAll("&", "&amp;").replaceAll("<", "&lt
 
 function layout(plot) {
   const ink = dark() ? "#c9d0d6" : "#3c444c", grid = dark() ? "#2c3238" : "#e8eaec";
-  const axis = (label, log) => ({ title: { text: plain(label), standoff: 8 }, type: log ? "log" : undefined, gridcolor: grid, linecolor: grid, zerolinecolor: grid,
+  const axis = (label, log) => ({ title: { text: plain(label), standoff: 8 }, type: log ? "log" : undefined, dtick: log ? "D2" : undefined, gridcolor: grid, linecolor: grid, zerolinecolor: grid,
     automargin: true, exponentformat: "B" });
   const bars = plot.series.some((series) => series.kind === "bar");
   const single = plot.series.filter((s) => s.kind === "bar").every((s) => s.x.length === 1);
   return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12, family: "system-ui, DejaVu Sans, sans-serif" },
-    margin: { l: 56, r: 14, t: 10, b: 48 }, xaxis: { ...axis(plot.x_label, plot.log_x), type: bars ? "category" : plot.log_x ? "log" : "linear" }, yaxis: axis(plot.y_label, plot.log_y),
-    legend: { orientation: "h", y: -0.24, yanchor: "top", font: { size: 11 } }, barmode: single ? "overlay" : "group", hovermode: "closest", modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: ink },
+    margin: { l: 56, r: 14, t: 10, b: 48 }, xaxis: { ...axis(plot.x_label, plot.log_x), type: bars ? "category" : plot.log_x ? "log" : "linear", tickangle: bars ? -30 : undefined }, yaxis: axis(plot.y_label, plot.log_y),
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } }, barmode: single ? "overlay" : "group", hovermode: "closest", modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: ink },
     hoverlabel: { bgcolor: dark() ? "#2a3036" : "#fff", font: { color: dark() ? "#e8eaed" : "#1d2126" } } };
 }
 
@@ -288,7 +288,8 @@ function plots() {
     for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); }
   }, { rootMargin: "400px" });
   for (const plot of D.plots) {
-    const chart = el("div", { class: "chart", role: "img", "aria-label": `${plot.title}, ${plot.place}` });
+    const rows = Math.ceil(plot.series.filter((s) => s.kind !== "band").length / (innerWidth < 640 ? 1.5 : 2.5));
+    const chart = el("div", { class: "chart", style: `height:${290 + 19 * rows}px`, role: "img", "aria-label": `${plot.title}, ${plot.place}` });
     const card = el("article", { class: "card plot" }, el("h3", {}, plot.title), el("p", { class: "muted" }, plot.place), chart,
       plot.note ? el("p", { class: "muted" }, plot.note) : null);
     Object.assign(card, { plot, chart });
@@ -308,8 +309,9 @@ function recordTable() {
   let rows = records.map((record, id) => ({ record, id })), limit = 100;
   const fill = () => {
     body.replaceChildren(...rows.slice(0, limit).map(({ record, id }) => el("tr", {}, columns.map(([, key], i) => {
-      const value = record[key] === undefined ? "–" : key.endsWith("commit") ? record[key].slice(0, 8) : show(record[key]);
-      return el(i ? "td" : "th", i ? {} : { scope: "row" }, recordLink([id], value));
+      const value = record[key];
+      const text = value === undefined ? "–" : key.endsWith("commit") ? value.slice(0, 8) : Number.isInteger(value) ? value.toLocaleString("en") : show(value);
+      return el(i ? "td" : "th", i ? { class: typeof value === "string" ? "text" : "" } : { scope: "row" }, recordLink([id], text));
     }))));
     more.hidden = rows.length <= limit;
     more.textContent = `Show more (${rows.length - limit} left)`;

@@ -12,6 +12,10 @@ import websocket
 KEYS = {"Enter": {"windowsVirtualKeyCode": 13, "text": "\r"}, "Escape": {"windowsVirtualKeyCode": 27}, "Tab": {"windowsVirtualKeyCode": 9}}
 
 
+class Reloaded(Exception):
+    """The page was loaded anew before it could answer."""
+
+
 class Browser:
     """One page. `js` evaluates, `events` are what the browser reported since `open`."""
 
@@ -36,6 +40,8 @@ class Browser:
         while True:
             answer = json.loads(self.socket.recv())
             if answer.get("id") == self.count:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Reloaded
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
@@ -51,7 +57,12 @@ class Browser:
         return self
 
     def js(self, expression):
-        found = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True)
+        """The value of `expression`, a promise's when it is kept. What a reload cuts off is evaluated on the new page."""
+        try:
+            found = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True)
+        except Reloaded:
+            time.sleep(0.1)
+            return self.js(expression)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

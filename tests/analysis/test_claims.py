@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from analysis import claims, paper
 from analysis.claims import RULES, judge
 from analysis.load import load_records
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"hedgehog": {}, "ssm": {"ssm"}, "ssm_conv": {"ssm", "conv"}, "hedgemamba": {"ssm", "conv", "gate"}, "gate": {"gate"}}
 
 
@@ -136,6 +138,16 @@ def test_a_hedgehog_with_as_many_parameters_that_is_as_good_breaks_the_gates_cla
     assert "as many parameters" in said(found)[0]
 
 
+@pytest.mark.parametrize(("bypass", "verdict"), [(29.9, "not reproduced"), (30.9, "reproduced")])
+def test_the_linear_path_is_a_control_also_at_another_split(lab, bypass, verdict):
+    ladder(lab)
+    lab.cell("hedgemamba", 30.0)
+    lab.cell("hedgehog_bypass", bypass, params=7_300_000)
+    found = lab.verdict("C4")
+    assert found.verdict == verdict
+    assert "hedgehog_bypass 10/90" in said(found)[1]
+
+
 @pytest.mark.parametrize(("others", "verdict"), [
     ({0: 35.0, 100: 50.0, 50: 32.0}, "reproduced"), ({0: 29.0, 100: 50.0, 50: 32.0}, "not reproduced"), ({0: 35.0}, "undecided"),
     ({0: 35.0, 100: 50.0, 50: 32.0, 25: 29.0}, "reproduced")])
@@ -204,6 +216,12 @@ def test_the_headline_is_the_largest_place_that_is_decided(lab):
     assert (found.verdict, "1k tokens" in found.where) == ("reproduced", True)
 
 
+def test_records_from_before_a_setting_was_there_go_with_its_default(lab):
+    lab.cell("hedgemamba", 30.0)
+    lab.cell("hedgehog", 33.0, decay="head")
+    assert "each at its own" not in said(lab.verdict("C2"))[1]
+
+
 def test_hybrids_take_no_part(lab):
     lab.cell("hedgemamba", 20.0, keep_attention=4)
     lab.cell("hedgehog", 33.0)
@@ -221,3 +239,20 @@ def test_the_command_writes_the_verdicts_and_the_same_bytes_again(lab, runs, tmp
     assert [(f.read_bytes(), f.stat().st_mtime_ns) for f in files] == before
     assert [c["id"] for c in json.loads(files[1].read_text())] == list(paper.CLAIMS)
     assert "| C1. " in capsys.readouterr().out
+
+
+def test_the_runs_that_would_decide_are_command_lines_that_the_sweep_takes(lab, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("HM_RUNS", str(tmp_path / "runs"))
+    from sweep import check_typed
+
+    lab.teacher(scale="tiny")
+    lab.cell("hedgemamba", 30.0, seeds=1)
+    lab.cell("hedgemamba", 30.2, total=2000, seeds=1)
+    lab.cell("mamba", 144.4, split=0, recipe="one_step", seeds=1)
+    commands = {f.decide for c in ("C1", "C2", "C3", "C4", "C5", "C6", "C7") for f in lab.verdict(c).findings if f.decide}
+    assert len(commands) == 5
+    for command in commands:
+        python, script, *typed = shlex.split(command)
+        assert (python, script) == ("python", "sweep.py")
+        check_typed(typed)
