@@ -159,6 +159,7 @@ class Settings:
     device: str = setting("auto", "auto (cuda if there is one), cpu, cuda", "cpu", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "auto: bf16 on cuda, fp32 on cpu", "bf16", ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "torch.compile the student for training", "true")
+    export: str | None = setting(None, "leave the finished student in this new folder, with tokenizer and model card", "student")
     force: bool = setting(False, "run a finished cell again, beside the old one", "true")
     checkpoint_every: int = setting(200, "steps between checkpoints", "1000")
     log_every: int = setting(10, "steps between logged losses", "50")
@@ -195,6 +196,8 @@ class Settings:
         elif s.mixer == "mamba" and s.recipe == "two_stage":
             raise UserError("mixer=mamba has no structured start, so it takes recipe=one_step, not recipe=two_stage.")
         s.eval = self.eval.resolve()
+        if s.export is not None and s.recipe == "teacher":
+            raise UserError(f"export={s.export} does not go with recipe=teacher, which trains nothing; leave it out.")
         parts = MIXERS[s.mixer]
         for part in ("ssm", "conv", "gate"):
             typed = getattr(s, part)
