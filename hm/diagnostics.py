@@ -15,6 +15,8 @@ from hm.mixer import BaseMixer, MambaMixer, Mixer
 from hm.modeling import StudentForCausalLM
 
 PARTS = ("ssm", "conv", "gate")
+WATCHED = 4
+"""Sequences whose delta and gate are looked at; all of a layer's numbers are held at once."""
 QUANTILES = tuple(i / 10 for i in range(11))
 
 
@@ -34,8 +36,9 @@ def diagnose(
         "gate": {"mean", "std", "closed": share below 0.1}; "conv_past": norm of the taps of the past over all taps.
     """
     seen: dict[int, dict[str, list[Tensor]]] = {m.layer_idx: {} for m in student.mixers}
+    before = perplexity_of(student, token_batches, precision)
     with observed(student.mixers, seen):
-        before = perplexity_of(student, token_batches, precision)
+        perplexity_of(student, [token_batches[0][:WATCHED]], precision)
     layers = []
     for mixer in student.mixers:
         row: dict[str, Any] = {"layer": mixer.layer_idx} | statistics(mixer, seen[mixer.layer_idx])
@@ -78,7 +81,7 @@ def observed(mixers: Sequence[BaseMixer], seen: dict[int, dict[str, list[Tensor]
 
         def noting(q: Tensor, k: Tensor, v: Tensor, delta: Tensor | None, A: Tensor | None, *rest: Any, **options: Any) -> Tensor:
             if delta is not None and A is not None:
-                notes.setdefault("delta", []).append(delta.double().flatten(0, 1).cpu())
+                notes.setdefault("delta", []).append(delta.float().flatten(0, 1).cpu())
                 notes["A"] = [A.double().cpu()]
             return recur(q, k, v, delta, A, *rest, **options)
 
@@ -108,7 +111,7 @@ def observed(mixers: Sequence[BaseMixer], seen: dict[int, dict[str, list[Tensor]
 def statistics(mixer: BaseMixer, seen: dict[str, list[Tensor]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "delta" in seen:
-        delta, (A,) = torch.cat(seen["delta"]), seen["A"]
+        delta, (A,) = torch.cat(seen["delta"]).double(), seen["A"]
         mean = delta.mean(0)
         rate = (mean[(..., *[None] * (A.dim() - mean.dim()))] * A).flatten().sort().values
         found["decay_rate"] = [rate[round(q * (len(rate) - 1))].item() for q in QUANTILES]
