@@ -5,14 +5,16 @@
     student = hm.convert(teacher, mixer="hedgemamba")
     student.save_pretrained("out"); hm.load_student("out")
 
-Names are loaded when they are first used, so that reading records needs no PyTorch. (`import hm.modeling` makes
-students known to Transformers' Auto classes.)
+Names are loaded when they are first used, so that reading records needs no PyTorch. Transformers' Auto classes know
+students once `hm` is imported (see hm.auto).
 """
 
 import importlib
 import sys
 from types import ModuleType
 from typing import Any
+
+from hm import auto
 
 __version__ = "0.1.0"
 
@@ -48,3 +50,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+auto.register()

@@ -28,9 +28,10 @@ from hm.convert import convert, parts_name, report, teacher_counts, trainable
 from hm.data import Batches, DataSpec, TokenDataset, tokenize, validation_batches
 from hm.errors import UserError
 from hm.evaluate import summarise, token_losses
+from hm.export import export, exported
 from hm.files import weight_errors
 from hm.inputs import Inputs
-from hm.measure import longest_sequence, measure, wanted
+from hm.measure import enough_text, measure, wanted
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import Align, FineTune
@@ -188,7 +189,7 @@ class Cell:
         for stage, steps in ((s.stage1, self.stage1_steps), (s.stage2, self.stage2_steps)):
             if steps:
                 Batches(self.train_tokens, s.seq_len, stage.batch_size, s.seed)
-        next(validation_batches(TokenDataset(self.tokens(), "validation"), longest_sequence(s), 1, 1))
+        enough_text(s, TokenDataset(self.tokens(), "validation"))
 
     def teacher(self) -> PreTrainedModel:
         return self.on_device(load_teacher(self.s.teacher))
@@ -284,6 +285,13 @@ class Cell:
 
         return self.store.artifact("student", key, build, self.described())
 
+    def finished(self) -> PreTrainedModel:
+        """What this cell is about: the trained student, the adapted teacher, or the teacher."""
+        if self.untouched:
+            return self.teacher()
+        folder = str(self.student() / "model")
+        return load_student(folder) if self.is_student else load_teacher(folder)
+
     def evaluate(self) -> Path:
         """The artifact with what was measured of the finished model and, as ppl_start, right after conversion
         (metrics.json), and with the loss of each validation sequence (losses.json)."""
@@ -308,11 +316,7 @@ class Cell:
                 return token_losses(self.on_device(model), batches, precision=self.precision, progress=what)
 
             with explained("evaluate"):
-                if self.untouched:
-                    model: PreTrainedModel = self.teacher()
-                else:
-                    folder = str(self.student() / "model")
-                    model = load_student(folder) if self.is_student else load_teacher(folder)
+                model = self.finished()
                 losses = losses_of(model, "evaluate")
                 found: dict[str, Any] = summarise(losses, held.text_bytes / len(held))
                 found |= measure(model, s, held, tokenizer=self.inputs.tokenizer(s.teacher), teacher=self.teacher, losses=losses, precision=self.precision)
@@ -341,7 +345,10 @@ class Cell:
 
     def run(self) -> dict:
         """Do what is missing, write the record into the cell's run folder, and return it."""
+        if self.s.export:
+            exported(self.s.export, self.key)
         if record := self.done():
+            self.export(record)
             return record
         if self.s.force:
             self.forget()
@@ -350,6 +357,11 @@ class Cell:
         for kind in self.step_keys():
             self.run_step(kind)
         return write_record(self, started)
+
+    def export(self, record: dict) -> None:
+        """Leave the finished model where export= says."""
+        if self.s.export and not exported(self.s.export, self.key):
+            say(f"{self.name}: exported to {export(self.finished(), self.inputs.tokenizer(self.s.teacher), record, self.s.export)}")
 
     def training_steps(self) -> list[tuple[str, str]]:
         return [(kind, key) for kind, key in (("stage1", self.stage1_key), ("student", self.student_key)) if key]

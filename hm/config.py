@@ -165,6 +165,7 @@ class Settings:
     precision: str = setting("auto", "auto: bf16 on cuda, fp32 on cpu", "bf16", ("auto", "fp32", "bf16"))
     compile: bool | None = setting(None, "torch.compile for training, layer by layer; null: on cuda", "false")
     checkpointing: bool = setting(False, "compute activations again in the backward pass instead of keeping them", "true")
+    export: str | None = setting(None, "leave the finished student in this new folder, with tokenizer and model card", "student")
     force: bool = setting(False, "run a finished cell again, beside the old one", "true")
     checkpoint_every: int = setting(200, "steps between checkpoints", "1000")
     log_every: int = setting(10, "steps between logged losses", "50")
@@ -203,6 +204,8 @@ class Settings:
             raise UserError("mixer=mamba has no structured start, so it takes recipe=one_step, not recipe=two_stage.")
         check_decay(s.mixer, s.decay)
         s.eval = self.eval.resolve()
+        if s.export is not None and s.recipe == "teacher":
+            raise UserError(f"export={s.export} does not go with recipe=teacher, which trains nothing; leave it out.")
         parts = MIXERS[s.mixer]
         for part in ("ssm", "conv", "gate"):
             typed = getattr(s, part)

@@ -15,6 +15,8 @@ from hm.mixer import BaseMixer, MambaMixer, Mixer
 from hm.modeling import StudentForCausalLM
 
 PARTS = ("ssm", "conv", "gate")
+WATCHED = 4
+"""Sequences whose delta and gate are looked at; all of a layer's numbers are held at once."""
 QUANTILES = tuple(i / 10 for i in range(11))
 
 
@@ -34,8 +36,9 @@ def diagnose(
         "gate": {"mean", "std", "closed": share below 0.1}; "conv_past": norm of the taps of the past over all taps.
     """
     seen: dict[int, dict[str, list[Tensor]]] = {m.layer_idx: {} for m in student.mixers}
+    before = perplexity_of(student, token_batches, precision)
     with observed(student.mixers, seen):
-        before = perplexity_of(student, token_batches, precision)
+        perplexity_of(student, [token_batches[0][:WATCHED]], precision)
     layers = []
     for mixer in student.mixers:
         row: dict[str, Any] = {"layer": mixer.layer_idx} | statistics(mixer, seen[mixer.layer_idx])
@@ -70,27 +73,37 @@ def change(
 
 @contextmanager
 def observed(mixers: Sequence[BaseMixer], seen: dict[int, dict[str, list[Tensor]]]) -> Iterator[None]:
-    """Within the context, each forward adds to seen[layer]: "delta" (tokens, heads or more), "gate" (tokens, D)."""
+    """Within the context, each forward adds to seen[layer]: "delta" (tokens, heads or more), "A", "gate" (tokens, D)."""
     handles = []
 
-    def watch(module: nn.Module, layer: int, name: str, read: Any) -> None:
+    def watch_decay(mixer: BaseMixer) -> None:
+        recur, notes = mixer.recur, seen[mixer.layer_idx]
+
+        def noting(q: Tensor, k: Tensor, v: Tensor, delta: Tensor | None, A: Tensor | None, *rest: Any, **options: Any) -> Tensor:
+            if delta is not None and A is not None:
+                notes.setdefault("delta", []).append(delta.float().flatten(0, 1).cpu())
+                notes["A"] = [A.double().cpu()]
+            return recur(q, k, v, delta, A, *rest, **options)
+
+        mixer.recur = noting  # type: ignore[method-assign]
+
+    def watch_gate(module: nn.Module, layer: int, read: Any) -> None:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            seen[layer].setdefault(name, []).append(read(output).float().flatten(0, 1).cpu())
+            seen[layer].setdefault("gate", []).append(read(output).float().flatten(0, 1).cpu())
 
         handles.append(module.register_forward_hook(hook))
 
     for mixer in mixers:
-        if isinstance(mixer, Mixer):
-            if mixer.ssm is not None:
-                watch(mixer.ssm, mixer.layer_idx, "delta", lambda out: out[0])
-            if mixer.gate is not None:
-                watch(mixer.gate, mixer.layer_idx, "gate", lambda out: out)
+        watch_decay(mixer)
+        if isinstance(mixer, Mixer) and mixer.gate is not None:
+            watch_gate(mixer.gate, mixer.layer_idx, lambda out: out)
         elif isinstance(mixer, MambaMixer):
-            watch(mixer.dt_proj, mixer.layer_idx, "delta", lambda out: F.softplus(out.float()))
-            watch(mixer.z_proj, mixer.layer_idx, "gate", F.silu)
+            watch_gate(mixer.z_proj, mixer.layer_idx, F.silu)
     try:
         yield
     finally:
+        for mixer in mixers:
+            del mixer.recur
         for handle in handles:
             handle.remove()
 
@@ -98,11 +111,9 @@ def observed(mixers: Sequence[BaseMixer], seen: dict[int, dict[str, list[Tensor]
 def statistics(mixer: BaseMixer, seen: dict[str, list[Tensor]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "delta" in seen:
-        delta = torch.cat(seen["delta"]).double()
-        owner: Any = mixer.ssm if isinstance(mixer, Mixer) else mixer
-        A = owner.A.clamp_min(0) if isinstance(mixer, Mixer) else owner.A_log.exp()
+        delta, (A,) = torch.cat(seen["delta"]).double(), seen["A"]
         mean = delta.mean(0)
-        rate = (mean[(..., *[None] * (A.dim() - mean.dim()))] * A.double().cpu()).flatten().sort().values
+        rate = (mean[(..., *[None] * (A.dim() - mean.dim()))] * A).flatten().sort().values
         found["decay_rate"] = [rate[round(q * (len(rate) - 1))].item() for q in QUANTILES]
         median = found["decay_rate"][len(QUANTILES) // 2]
         found["memory_tokens"] = 1 / median if median > 0 else None

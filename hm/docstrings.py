@@ -32,7 +32,6 @@ PACKAGES = (
     "huggingface_hub", "tokenizers", "safetensors", "fontTools", "PIL", "pyarrow", "packaging", "click",
     "anyio", "filelock", "dateutil", "dill", "multiprocess", "psutil", "requests", "urllib3", "tqdm", "hydra",
     "omegaconf", "zstandard", "contourpy", "cycler", "regex", "yaml", "xxhash", "torchgen", "functorch",
-    "aiohttp", "yarl", "multidict",
 )  # fmt: skip
 VALIDATION_PACKAGES = ("accelerate", "datasets", "fsspec", "jinja2", "mpmath", "pyparsing")
 

@@ -12,6 +12,7 @@ from hm import tasks
 from hm.config import Settings
 from hm.data import TokenDataset, validation_batches
 from hm.diagnostics import diagnose
+from hm.errors import UserError
 from hm.evaluate import agreement, by_position, summarise, token_losses
 from hm.generation import score_generation
 from hm.modeling import StudentForCausalLM
@@ -26,9 +27,17 @@ def wanted(s: Settings) -> dict[str, Any]:
     return {n: v for n, v in found.items() if v} | ({"tasks": tasks.fingerprint(e)} if e.tasks else {})
 
 
-def longest_sequence(s: Settings) -> int:
-    """Tokens of the longest stretch of held-out text that the evaluation needs."""
-    return max([s.seq_len, *(s.eval.lengths or []), *(s.eval.needle or [])])
+def enough_text(s: Settings, held: TokenDataset) -> None:
+    """Refuse a validation split that is too short for what is to be measured, before anything is trained.
+
+    Raises:
+        UserError: naming the setting that asks for a longer text.
+    """
+    next(validation_batches(held, s.seq_len, 1, 1))
+    for name in ("lengths", "needle"):
+        longest = max(getattr(s.eval, name) or [0])
+        if longest >= len(held):
+            raise UserError(f"eval.{name}={longest} is longer than the validation text of {len(held):,} tokens; lower it or use more validation text.")
 
 
 def measure(

@@ -164,6 +164,8 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache() if use_cache or past_key_values is not None else None
         inputs = input_ids if input_ids is not None else inputs_embeds
         assert inputs is not None
+        if inputs.shape[1] == 0:
+            raise UserError("the prompt is empty; give at least one token, such as the tokenizer's end-of-text token.")
         padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         if position_ids is None and padding_mask is not None:
             position_ids = (padding_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -inputs.shape[1] :]

@@ -50,6 +50,7 @@ def write_record(cell: Cell, started: str | None = None) -> dict:
                        "artifacts": {"tokens": cell.tokens_key, **dict(trained), "eval": cell.key}},
     }  # fmt: skip
     store.write_record(folder, record)
+    cell.export(record)
     return record
 
 

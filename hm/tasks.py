@@ -74,7 +74,8 @@ def check_data(e: Evaluate) -> None:
 
 def fingerprint(e: Evaluate) -> dict[str, Any]:
     """What the scores depend on beside the model: the harness, the items, how many of them."""
-    items = "hub" if e.data == "hub" else {name: content_key({"items": read_items(task_file(e.data, name), name)}) for name in e.tasks}
+    files = {} if e.data == "hub" else {name: task_file(e.data, name) for name in e.tasks}
+    items = {name: _read_items(path, name, path.stat().st_mtime_ns)[1] for name, path in files.items()} or "hub"
     return {"names": e.tasks, "items": items, "limit": e.limit, "harness": installed()}
 
 
@@ -89,12 +90,12 @@ def task_file(folder: str, name: str) -> Path:
 
 def read_items(path: Path, name: str) -> list[dict[str, Any]]:
     """The items of a task file, each a JSON object with the task's fields."""
-    stat = path.stat()
-    return _read_items(path, name, stat.st_mtime_ns, stat.st_size)
+    return _read_items(path, name, path.stat().st_mtime_ns)[0]
 
 
 @cache
-def _read_items(path: Path, name: str, mtime_ns: int, size: int) -> list[dict[str, Any]]:
+def _read_items(path: Path, name: str, mtime_ns: int) -> tuple[list[dict[str, Any]], str]:
+    """The items and a hash of them."""
     items = []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -108,7 +109,7 @@ def _read_items(path: Path, name: str, mtime_ns: int, size: int) -> list[dict[st
             items.append(item)
     if len(items) < 2:
         raise UserError(f"{path} has {len(items)} items; a score and its standard error need 2 or more.")
-    return items
+    return items, content_key({"items": items})
 
 
 def load_tasks(names: Sequence[str], data: str = "hub", limit: int | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hm.evaluate import measured, perplexity
+from hm.evaluate import agreement, by_position, measured, perplexity, token_losses
 
 
 class Fixed(torch.nn.Module):
@@ -122,3 +122,39 @@ def test_the_embedded_teacher_knows_english(tiny_teacher):
     shuffled = tokens[:, torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))]
     assert found < 200
     assert perplexity(tiny_teacher, [shuffled])["ppl"]["value"] > 5 * found
+
+
+# --- beyond the training length, and against another model
+
+
+@pytest.mark.parametrize("of", ["teacher", "student"])
+def test_a_sequence_in_segments_has_the_losses_of_the_whole(of, teacher, make_student, ids, monkeypatch):
+    model, tokens = teacher if of == "teacher" else make_student(teacher), [ids(2, 51)]
+    (whole,) = token_losses(model, tokens)
+    monkeypatch.setattr("hm.evaluate.SEGMENT", 16)
+    (pieces,) = token_losses(model, tokens)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_perplexity_by_position_parts_the_tokens_at_doubling_positions():
+    losses = [torch.arange(12.0).repeat(2, 1) / 10, torch.arange(12.0)[None] / 5]
+    found = by_position(losses, first=3)
+    assert found["positions"] == [3, 6, 12]
+    means = [(2 * sum(x) / 10 + sum(x) / 5) / 3 / len(x) for x in ([0, 1, 2], [3, 4, 5], [6, 7, 8, 9, 10, 11])]
+    assert found["ppl"] == pytest.approx([math.exp(m) for m in means])
+    assert all(error > 0 for error in found["stderr"])
+    assert by_position([torch.ones(1, 2)])["stderr"] == [None]
+
+
+def test_a_model_agrees_with_itself_and_less_with_another(make_teacher, ids):
+    teacher, other, batches = make_teacher("neox"), make_teacher("neox", seed=1), [ids(3, 17), ids(1, 17, seed=5)]
+    own = agreement(teacher, teacher, batches)
+    assert own["top1"] == {"value": 100, "stderr": 0}
+    assert own["kl"]["value"] == pytest.approx(0, abs=1e-5)
+    found = agreement(other, teacher, batches)
+    with torch.no_grad():
+        a, b = (m(input_ids=batches[1]).logits[0].log_softmax(-1) for m in (other, teacher))
+    by_hand = (b.exp() * (b - a)).sum(-1).mean().item()
+    assert agreement(other, teacher, batches[1:])["kl"]["value"] == pytest.approx(by_hand, rel=1e-4)
+    assert found["kl"]["value"] > 0.1
+    assert found["top1"]["value"] < 50
