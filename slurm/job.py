@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from hm.errors import UserError
 from hm.files import atomic_write, to_json
@@ -154,14 +154,9 @@ def run_in_job(values: dict[str, Any]) -> None:
     task = Task(**values)
     if env.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    if env.global_rank:
+        task.records = []
     os.environ |= {"HM_LOG": str(env.paths.stdout), "HM_COMMAND": task.command}
-
-    def leave(status: int) -> None:
-        if status == REQUEUE and env.global_rank == 0:
-            requeue()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # past submitit, which would wait for nothing and record a result
 
     from hm.train import Interrupted
 
@@ -171,6 +166,15 @@ def run_in_job(values: dict[str, Any]) -> None:
         except Interrupted as saved:
             print(saved, file=sys.stderr, flush=True)
             leave(stop.status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once (past submitit, which would record a result); in a SLURM job, `REQUEUE` starts it again."""
+    if status == REQUEUE and "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_PROCID", "0") == "0":
+        requeue()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def requeue() -> None:
