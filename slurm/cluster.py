@@ -77,7 +77,7 @@ class SlurmSettings:
 
     def of(self, step: Step) -> Resources:
         """What a step's job asks for: tokens take no GPU, an evaluation one, training what the scale says."""
-        gpus, scale = self.gpus_of(step.resources), step.resources
+        gpus, scale = (self.gpus_of(step.resources) if step.device == "cuda" else 0), step.resources
         if step.kind == "tokens" or gpus == 0:
             plain = Resources(self.partition, self.time or scale.get("time"), cpus=self.cpus, mem=self.mem)
             return replace(plain, **{k: v for k, v in self.cpu.items() if v is not None})
@@ -146,7 +146,7 @@ def check(plan: Plan, settings: SlurmSettings, store: Store) -> None:
             shapes.setdefault(json.dumps(settings.parameters(settings.of(step)), sort_keys=True), step)
         for step in shapes.values():
             options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.parameters(settings.of(step)).items()]
-            options += [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.extra.items()]
+            options += [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.extra.items()]
             if why := scheduler.refusal(options):
                 raise UserError(f"SLURM refuses a job for {step.kind} ({why}); it was asked for with {' '.join(options)}: change "
                                 "hydra.launcher. (slurm/README.md).")  # fmt: skip
@@ -289,7 +289,8 @@ def sbatch(steps: list[Step], dependency: str | None, settings: SlurmSettings, f
 
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     executor = submitit.SlurmExecutor(folder=folder, python=shlex.join([sys.executable, "-IS", str(ROOT / "slurm" / "shield.py")]))
-    extra = {"requeue": True, **settings.extra} | ({"kill-on-invalid-dep": "yes"} if dependency else {})
+    extra = {"requeue": True, **{k.replace("-", "_"): v for k, v in settings.extra.items()}}
+    extra |= {"kill_on_invalid_dep": "yes"} if dependency else {}
     study = steps[0].cells[0].partition("/")[0]
     executor.update_parameters(
         **settings.parameters(settings.of(steps[0])), job_name=f"{study}-{steps[0].kind}", dependency=dependency, wckey=None,

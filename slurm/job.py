@@ -95,11 +95,13 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
     from hm.store import Store
     from hm.train import Interrupted
 
-    store, inputs = Store(task.store), Inputs()
+    store, inputs, settings = Store(task.store), Inputs(), task.settings
+    if task.kind == "tokens":  # made where there is no GPU for cells that will run on one
+        settings = settings | {"device": "cpu", "scan": "auto"}
     note = failure_path(store.root, task.kind, task.key)
     note.unlink(missing_ok=True)
     try:
-        cell = Cell(from_dict(task.settings), store, inputs=inputs, stop=stop)
+        cell = Cell(from_dict(settings), store, inputs=inputs, stop=stop)
         found = cell.step_keys().get(task.kind)
         if found != task.key:
             raise UserError(
@@ -107,8 +109,8 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
                 "teacher, text, package versions and code must be the same there as where the sweep was started."
             )
         cell.run_step(task.kind)
-        for settings in task.records:
-            other = Cell(from_dict(settings), store, inputs=inputs, stop=stop)
+        for values in task.records:
+            other = Cell(from_dict(values), store, inputs=inputs, stop=stop)
             if other.done() is None:
                 write_record(other)
     except Interrupted:
