@@ -148,10 +148,10 @@ def test_each_state_is_told_apart_by_what_store_and_queue_show(planned):
     plan, store = planned()
     tokens, stage1, student, last = plan.steps.values()
     run(task_of(plan, store, "tokens"), lambda: False)
-    jobs = {s.id: {"job": f"7_{i}", "log": str(store.root / "none")} for i, s in enumerate(plan.steps.values())}
+    jobs = {s.id: {"job": f"7_{i}", "name": "mine", "log": str(store.root / "none")} for i, s in enumerate(plan.steps.values())}
 
-    def queue(**states):
-        return {f"7_{i}": Job(f"7_{i}", state, 2, "1:00", "n1", reason) for i, (state, reason) in
+    def queue(name="mine", **states):
+        return {f"7_{i}": Job(f"7_{i}", name, state, 2, "1:00", "n1", reason) for i, (state, reason) in
                 ((int(n[1:]), s) for n, s in states.items())}  # fmt: skip
 
     def names(queued, known=jobs):
@@ -162,6 +162,7 @@ def test_each_state_is_told_apart_by_what_store_and_queue_show(planned):
     assert names(queue(j1=("PENDING", "Priority"))) == ["done", "queued", "lost", "blocked"]
     assert names(queue(j1=("CANCELLED", "None"))) == ["done", "cancelled", "blocked", "blocked"]
     assert names(queue(j1=("OUT_OF_MEMORY", "OutOfMemory"), j2=("COMPLETED", "None"))) == ["done", "failed", "blocked", "blocked"]
+    assert names(queue("another's", j1=("RUNNING", "None"))) == ["done", "lost", "blocked", "blocked"]
     assert names(None) == ["done", "queued", "queued", "queued"]
     claimant = Claimant(store.path("stage1", stage1.key).with_name(f".{stage1.key}.claim"), 1, 9)
     (store.root / "artifacts/stage1").mkdir()
