@@ -81,8 +81,6 @@ def test_two_sweeps_that_overlap_compute_each_step_once_and_a_failure_stops_only
 
 
 def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result(start_sweep, small, cluster, tmp_path):
-    endless = ["stage1_tokens=0", "budget=10M", "checkpoint_every=5000", "hydra.launcher.time=1m", "hydra.launcher.save_before=58"]
-    timed_out = start_sweep(*small, *ON_CPUS[:2], *endless, *on("n1"), runs="timed_out")
     killed = start_sweep(*small, *LONG, *on("n1"), runs="killed")
     preempted = start_sweep(*small, *LONG, *on("n2"), runs="preempted")
 
@@ -98,6 +96,9 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
     with pytest.raises(scheduler.Unreachable):
         scheduler.jobs()
     run("/usr/sbin/slurmctld")
+    wait_until(answers, "the restarted controller")
+    endless = ["stage1_tokens=0", "budget=10M", "checkpoint_every=5000", "hydra.launcher.time=1m", "hydra.launcher.save_before=58"]
+    timed_out = start_sweep(*small, *ON_CPUS[:2], *endless, runs="timed_out")
 
     status, said = killed.wait()
     assert status == 1
@@ -121,6 +122,13 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
     wait_until(lambda: progress(tmp_path / "timed_out") > int(saved[1]), "the step that goes on after it")
     run("scancel", *(job for job, state in scheduler.jobs().items() if state.alive))
     assert timed_out.wait()[0] == 1
+
+
+def answers():
+    try:
+        return scheduler.jobs()
+    except scheduler.Unreachable:
+        return None
 
 
 def on(node):
