@@ -143,10 +143,11 @@ def main(cfg: DictConfig) -> None:
     from hm.progress import quiet
     from hm.train import Interrupted
     from slurm.job import StopRequest
+    from slurm.job import leave as leave_job
 
     quiet()
     typed, store = list(HydraConfig.get().overrides.task), Store(store_folder(cfg.runs))
-    with StopRequest(30.0, os._exit) as stop:
+    with StopRequest(30.0, leave_job) as stop:
         try:
             if cfg.plan:
                 return print_plan(settings_of(plain_of(cfg), typed), store)
@@ -155,7 +156,7 @@ def main(cfg: DictConfig) -> None:
             leave(error)
         except Interrupted as saved:
             print(f"{saved}; the same command goes on from there", file=sys.stderr)
-            sys.exit(stop.status)
+            leave_job(stop.status)
     print(summary(record))
 
 

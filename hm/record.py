@@ -11,6 +11,7 @@ from hm.convert import teacher_counts
 from hm.files import atomic_write, to_json
 from hm.ops import resolve_scan
 from hm.provenance import provenance
+from hm.teacher import load_teacher
 
 if TYPE_CHECKING:
     from hm.cell import Cell
@@ -38,7 +39,7 @@ def write_record(cell: Cell, started: str | None = None) -> dict:
     record = {
         "schema": 1, "study": s.study, "cell": cell.name, "row": s.row, "key": cell.key, "status": "done",
         "settings": cell.described(), "metrics": metrics,
-        "params": second.get("params") or teacher_counts(cell.teacher()),
+        "params": second.get("params") or teacher_counts(load_teacher(s.teacher)),
         "tokens": {"stage1": results.get("stage1", {}).get("tokens", 0), "stage2": second.get("tokens", 0)},
         "timing": {"tokenise": store.read_json("tokens", cell.tokens_key)["result"].get("seconds")}
         | {f"{k}_seconds": r["seconds"] for k, r in results.items()}

@@ -3,7 +3,11 @@
     <root>/artifacts/<kind>/<key>/            a finished artifact; artifact.json lists its files with sha256
     <root>/artifacts/<kind>/.<key>.claim      who builds it now (host, pid, token); its mtime is the heartbeat
     <root>/artifacts/<kind>/.<key>.work-<t>/  where holder <t> builds; outlives a crash and is gone on from
+    <root>/artifacts/<kind>/.<key>.failed     why the last attempt at it failed (slurm.job)
     <root>/<study>/<cell>-<key>/              one run; record.json comes last and means done
+    <root>/<study>/plans/                     the plans of its sweeps, for slurm.status
+    <root>/jobs/, jobs.json                   logs of SLURM jobs, and which job computes which step
+    <root>/tensorboard/<study>/               event files of training runs
 
 hm.claim says how one of many comes to hold a claim. The next holder renames the work folder to its own name,
 so a holder that was only asleep finds its folder gone: it can neither write on nor publish.

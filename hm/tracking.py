@@ -78,16 +78,18 @@ class Watch:
 
 def open_trackers(folder: Path, name: str, key: str, tracker: str) -> list:
     """TensorBoard's event files anew in `folder`/`name`, and with tracker="wandb" a run of that name, with `key` as its id."""
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
-
     found: list[Any] = []
     if find_spec("tensorboard") is None:
         say("tensorboard is not installed, so no event files are written")
     else:
+        from accelerate.tracking import TensorBoardTracker
+
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True, exist_ok=True)
         found.append(TensorBoardTracker(name, str(folder)))
     if tracker == "wandb":
+        from accelerate.tracking import WandBTracker
+
         found.append(WandBTracker(os.environ.get("WANDB_PROJECT", "hedgemamba"), name=name, id=key, resume="allow"))
     for one in found:
         one.start()

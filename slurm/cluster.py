@@ -77,7 +77,7 @@ class SlurmSettings:
 
     def of(self, step: Step) -> Resources:
         """What a step's job asks for: tokens take no GPU, an evaluation one, training what the scale says."""
-        gpus, scale = self.gpus_of(step.resources), step.resources
+        gpus, scale = (self.gpus_of(step.resources) if step.device == "cuda" else 0), step.resources
         if step.kind == "tokens" or gpus == 0:
             plain = Resources(self.partition, self.time or scale.get("time"), cpus=self.cpus, mem=self.mem)
             return replace(plain, **{k: v for k, v in self.cpu.items() if v is not None})
@@ -146,7 +146,7 @@ def check(plan: Plan, settings: SlurmSettings, store: Store) -> None:
             shapes.setdefault(json.dumps(settings.parameters(settings.of(step)), sort_keys=True), step)
         for step in shapes.values():
             options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.parameters(settings.of(step)).items()]
-            options += [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.extra.items()]
+            options += [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.extra.items()]
             if why := scheduler.refusal(options):
                 raise UserError(f"SLURM refuses a job for {step.kind} ({why}); it was asked for with {' '.join(options)}: change "
                                 "hydra.launcher. (slurm/README.md).")  # fmt: skip
@@ -201,7 +201,7 @@ class Queued:
 
 
 def read_jobs(root: Path) -> dict[str, dict[str, Any]]:
-    """jobs.json: the last job of each step, as {"<kind>/<key>": {"job", "log", "time"}}."""
+    """jobs.json: the last job of each step, as {"<kind>/<key>": {"job", "name", "log", "time"}}."""
     try:
         return json.loads((root / JOBS).read_text())
     except FileNotFoundError:
@@ -220,17 +220,18 @@ def submit(plan: Plan, settings: SlurmSettings, store: Store, command: str) -> d
         before = dict(known)
         try:
             queue = scheduler.jobs()
-            placed = {i: Queued(known[i]["job"]) for i in plan.steps if i in known and (j := queue.get(known[i]["job"])) and j.alive}
+            placed = {i: Queued(found.id) for i in plan.steps if (found := scheduler.job_of(known.get(i), queue)) and found.alive}
             todo = [s for s in plan.to_do() if s.id not in placed and not store.has(s.kind, s.key)]
             most = scheduler.max_array_size()
             folder = store.root / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             for kind in dict.fromkeys(s.kind for s in todo):
                 for steps, dependency in groups([s for s in todo if s.kind == kind], placed, settings, most):
-                    queued, log = sbatch(steps, dependency, settings, folder, store, command)
+                    name = f"{steps[0].cells[0].partition('/')[0]}-{kind}"
+                    queued, log = sbatch(name, steps, dependency, settings, folder, store, command)
                     mine += queued
                     for step, job in zip(steps, queued, strict=True):
                         placed[step.id] = job
-                        known[step.id] = {"job": job.id, "log": log.format(job.id), "time": time.time()}
+                        known[step.id] = {"job": job.id, "name": name, "log": log.format(job.id), "time": time.time()}
                         failure_path(store.root, step.kind, step.key).unlink(missing_ok=True)
                     atomic_write(store.root / JOBS, to_json(known))
         except (UserError, scheduler.Unreachable, KeyboardInterrupt) as error:
@@ -282,17 +283,17 @@ def groups(steps: list[Step], placed: dict[str, Queued], settings: SlurmSettings
                 yield [step], f"afterok:{job}_{index}"
 
 
-def sbatch(steps: list[Step], dependency: str | None, settings: SlurmSettings, folder: Path, store: Store,
+def sbatch(name: str, steps: list[Step], dependency: str | None, settings: SlurmSettings, folder: Path, store: Store,
            command: str) -> tuple[list[Queued], str]:  # fmt: skip
     """Queue steps as one job or one array; (their places, the path of their logs with {} for the job's id)."""
     import submitit
 
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     executor = submitit.SlurmExecutor(folder=folder, python=shlex.join([sys.executable, "-IS", str(ROOT / "slurm" / "shield.py")]))
-    extra = {"requeue": True, **settings.extra} | ({"kill-on-invalid-dep": "yes"} if dependency else {})
-    study = steps[0].cells[0].partition("/")[0]
+    extra = {"requeue": True, **{k.replace("-", "_"): v for k, v in settings.extra.items()}}
+    extra |= {"kill_on_invalid_dep": "yes"} if dependency else {}
     executor.update_parameters(
-        **settings.parameters(settings.of(steps[0])), job_name=f"{study}-{steps[0].kind}", dependency=dependency, wckey=None,
+        **settings.parameters(settings.of(steps[0])), job_name=name, dependency=dependency, wckey=None,
         signal_delay_s=settings.save_before, stderr_to_stdout=True, array_parallelism=settings.array_parallelism,
         setup=[f"export PYTHONPATH={paths!r}", *settings.setup], additional_parameters=extra,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from hm.errors import UserError
 from hm.files import atomic_write, to_json
@@ -95,11 +95,13 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
     from hm.store import Store
     from hm.train import Interrupted
 
-    store, inputs = Store(task.store), Inputs()
+    store, inputs, settings = Store(task.store), Inputs(), task.settings
+    if task.kind == "tokens":  # made where there is no GPU for cells that will run on one
+        settings = settings | {"device": "cpu", "scan": "auto"}
     note = failure_path(store.root, task.kind, task.key)
     note.unlink(missing_ok=True)
     try:
-        cell = Cell(from_dict(task.settings), store, inputs=inputs, stop=stop)
+        cell = Cell(from_dict(settings), store, inputs=inputs, stop=stop)
         found = cell.step_keys().get(task.kind)
         if found != task.key:
             raise UserError(
@@ -107,8 +109,8 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
                 "teacher, text, package versions and code must be the same there as where the sweep was started."
             )
         cell.run_step(task.kind)
-        for settings in task.records:
-            other = Cell(from_dict(settings), store, inputs=inputs, stop=stop)
+        for values in task.records:
+            other = Cell(from_dict(values), store, inputs=inputs, stop=stop)
             if other.done() is None:
                 write_record(other)
     except Interrupted:
@@ -154,14 +156,9 @@ def run_in_job(values: dict[str, Any]) -> None:
     task = Task(**values)
     if env.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    if env.global_rank:
+        task.records = []
     os.environ |= {"HM_LOG": str(env.paths.stdout), "HM_COMMAND": task.command}
-
-    def leave(status: int) -> None:
-        if status == REQUEUE and env.global_rank == 0:
-            requeue()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # past submitit, which would wait for nothing and record a result
 
     from hm.train import Interrupted
 
@@ -171,6 +168,15 @@ def run_in_job(values: dict[str, Any]) -> None:
         except Interrupted as saved:
             print(saved, file=sys.stderr, flush=True)
             leave(stop.status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once (past submitit, which would record a result); in a SLURM job, `REQUEUE` starts it again."""
+    if status == REQUEUE and "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_PROCID", "0") == "0":
+        requeue()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def requeue() -> None:

@@ -10,14 +10,14 @@ import getpass
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hm.errors import UserError
 
 TIMEOUT = 60
 """Seconds that a command may take: squeue gives up by itself after about 10 while the controller is away."""
-_COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "TimeLeft": 20, "NodeList": 80, "Reason": 80}
+_COLUMNS = {"JobArrayID": 40, "Name": 80, "State": 20, "RestartCnt": 8, "TimeLeft": 20, "NodeList": 80, "Reason": 80}
 ALIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
          "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
 
@@ -31,6 +31,7 @@ class Job:
     """One job or array element as the queue shows it."""
 
     id: str
+    name: str
     state: str
     requeues: int
     time_left: str
@@ -40,6 +41,12 @@ class Job:
     @property
     def alive(self) -> bool:
         return self.state in ALIVE
+
+
+def job_of(entry: dict | None, queue: Mapping[str, Job] | None) -> Job | None:
+    """The job of an entry of jobs.json; one of another name that got the same id (of another cluster, say) is not it."""
+    found = queue.get(entry["job"]) if entry and queue is not None else None
+    return found if found and entry and found.name == entry["name"] else None
 
 
 def installed() -> bool:
@@ -58,7 +65,7 @@ def jobs() -> dict[str, Job]:
         for width in _COLUMNS.values():
             cells.append(line[start : start + width].strip())
             start += width
-        found[cells[0]] = Job(cells[0], cells[1], int(cells[2] or 0), *cells[3:])
+        found[cells[0]] = Job(cells[0], cells[1], cells[2], int(cells[3] or 0), *cells[4:])
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hm.claim import holder
 from slurm.job import read_failure
-from slurm.scheduler import Job
+from slurm.scheduler import Job, job_of
 
 PROGRESS = "progress.json"
 STALE = 90.0
@@ -103,7 +103,7 @@ def look(steps: Mapping[str, Described], root: Path, jobs: Mapping[str, dict], q
 def _state(step: Described, store: Store, entry: dict | None, queue: Mapping[str, Job] | None, parent: State | None) -> State:
     if store.done(step):
         return State("done")
-    job = queue.get(entry["job"]) if entry and queue is not None else None
+    job = job_of(entry, queue)
     where = {"job": entry["job"], "log": entry["log"]} if entry else {}
     if job and job.alive:
         where |= {"node": job.node, "requeues": job.requeues}

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from hm.config import names
@@ -70,7 +72,7 @@ def sweep(here, tmp_path, monkeypatch, capfd):
 
     def run(*arguments, runs=tmp_path / "runs"):
         given = [*arguments, f"runs={runs}"] if runs else list(arguments)
-        if "-m" in arguments:
+        if "-m" in arguments and not any(a.startswith("hydra/launcher=") for a in arguments):
             given.append("hydra.launcher.jobs=0")  # in this process: others would take seconds to start
         monkeypatch.setattr(sys, "argv", [str(SWEEP), *given])
         capfd.readouterr()
@@ -202,6 +204,52 @@ def test_a_study_may_lie_outside_the_repository(sweep, small, tmp_path):
     assert (wrong.status, len(wrong.lines)) == (2, 1)
     assert "'stage2.lrr'; did you mean stage2.lr?" in wrong.lines[0]
     assert nothing_computed(tmp_path / "other")
+
+
+def test_a_plan_shows_the_graph_and_computes_nothing(sweep, small, tmp_path):
+    found = sweep("-m", "+study=mixer", *small, "budget=64", "plan=true")
+    assert found.status == 0, found.err
+    lines = found.out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("tokens")] == ["tokens"]
+    assert len([line for line in lines if line.startswith("  stage 1 ")]) == 1
+    assert len([line for line in lines if line.startswith("    student ")]) == 4
+    assert "5 cells, 11 steps: 0 done, 11 to do; 2 shared, which saves 96 training tokens" in found.out
+    assert nothing_computed(tmp_path / "runs")
+    one = sweep(*small, "budget=64", "stage1_tokens=0", "plan=true")
+    assert "1 cells, 3 steps: 0 done, 3 to do" in one.out
+    assert nothing_computed(tmp_path / "runs")
+
+
+def test_settings_composed_once_for_many_cells_are_those_that_hydra_composes_for_each(here):
+    import sweep as entry
+
+    composer_of = Plugins.instance().class_name_to_class["hydra_plugins.hedgemamba.LocalLauncher"].launch.__globals__["Composer"]
+    cells = [
+        ["seed=3", "stage2.lr=1e-3", "stage1_tokens=10%"],
+        ["scale=smollm2", "budget=2M", "stage1.micro_batch=null", "data='a b.txt'"],
+        ["+study=mixer", "row='+ssm+conv'", "eval.sequences=7", "keep_attention=[1,3]"],
+        ["+study=split", "scale=pythia1b", "row='0/100'", "runs=${oc.env:HOME}/x", "compile=true"],
+    ]
+    with initialize_config_dir(str(ROOT / "sweeps"), version_base="1.3"):
+        config = compose("config", [], return_hydra_config=True)
+        composer = composer_of(GlobalHydra.instance().config_loader(), config)
+        for overrides in cells:
+            whole = compose("config", overrides, return_hydra_config=True)
+            OmegaConf.set_readonly(whole.hydra, False)
+            assert composer.plain(overrides) == entry.plain_of(whole)
+
+
+STYLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "slurm/README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=[style.splitlines()[0][2:22] for style in STYLES])
+def test_each_style_of_cluster_in_the_readme_is_a_launcher_that_plans(sweep, small, tmp_path, style):
+    folder = tmp_path / "mine" / "hydra" / "launcher"
+    folder.mkdir(parents=True)
+    (folder / "here.yaml").write_text(style)
+    found = sweep("--config-dir", str(tmp_path / "mine"), "-m", *small, "budget=64", "stage1_tokens=0", "hydra/launcher=here", "plan=true")
+    assert found.status == 0, found.err
+    assert "1 cells, 3 steps" in found.out
 
 
 # --- a wrong command line

@@ -65,12 +65,13 @@ class Sweep:
 
     def __init__(self, runs, *arguments):
         command = [sys.executable, str(ROOT / "sweep.py"), "-m", *arguments, f"runs={runs}"]
+        self.runs = runs
         self.log = runs.parent / f"{runs.name}-{time.monotonic_ns()}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=runs.parent, env=environment)
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=300):
         """(status, all that it said)."""
         try:
             return self.process.wait(seconds), self.log.read_text()
@@ -93,6 +94,9 @@ def start_sweep(tmp_path):
         if sweep.process.poll() is None:
             sweep.process.kill()
         sweep.process.wait()
+        with contextlib.suppress(FileNotFoundError):
+            jobs = json.loads((sweep.runs / "jobs.json").read_text())
+            subprocess.run(["scancel", *(entry["job"] for entry in jobs.values())], capture_output=True, timeout=60)
 
 
 def records(runs):
@@ -106,7 +110,7 @@ def records(runs):
     return found
 
 
-def wait_until(condition, what, seconds=60):
+def wait_until(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"

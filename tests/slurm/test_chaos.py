@@ -53,5 +53,6 @@ def test_a_study_killed_at_twenty_random_moments_ends_with_the_same_records(star
     assert status == 0, said
     expected, found = records(tmp_path / "left_alone"), records(tmp_path / "killed")
     assert len(expected) == 6
+    assert rounds > 2, "the sweep itself was ended by kills"
     assert found == expected
     assert not list((tmp_path / "killed").glob("artifacts/*/.*")), "no claim, work folder or note of failure is left"
