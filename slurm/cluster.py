@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hm.errors import UserError
 from hm.files import atomic_write, to_json
 from hm.store import Store
 from slurm import scheduler
-from slurm.job import as_values, failure_path, run_in_job, to_task
+from slurm.job import failure_path, run_in_job, to_task
 from slurm.plan import Plan, Step, span
 
 ROOT = Path(__file__).parent.parent
@@ -298,7 +298,7 @@ def sbatch(name: str, steps: list[Step], dependency: str | None, settings: Slurm
         setup=[f"export PYTHONPATH={paths!r}", *settings.setup], additional_parameters=extra,
     )  # fmt: skip
     grace = max(5.0, settings.save_before - 15.0)
-    values = [as_values(to_task(step, store.root, command, grace)) for step in steps]
+    values = [asdict(to_task(step, store.root, command, grace)) for step in steps]
     try:
         if len(values) == 1:
             job = executor.submit(run_in_job, values[0])

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -191,7 +191,3 @@ def requeue() -> None:
 
 def to_task(step: Any, store: Path, command: str, grace: float = 30.0) -> Task:
     return Task(step.kind, step.key, step.settings, step.records, str(store), command, grace)
-
-
-def as_values(task: Task) -> dict[str, Any]:
-    return asdict(task)

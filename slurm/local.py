@@ -15,7 +15,7 @@ from typing import Any
 from hm.errors import UserError
 from hm.store import Store
 from slurm.job import REQUEUE, STOPPED, StopRequest, Task, one_line, read_failure, run, to_task
-from slurm.plan import Plan, Step
+from slurm.plan import KINDS, Plan, Step
 
 MOST_JOBS = 4
 """Steps at a time on a CPU, unless told otherwise: each takes about 1 GB at the tiny scale."""
@@ -78,6 +78,7 @@ def run_in_processes(plan: Plan, store: Store, command: str, jobs: int | None) -
                     outcome.blocked[step.id] = step.parent
                     del waiting[step.id]
             ready = [s for s in waiting.values() if s.parent not in waiting and all(s.parent != r.id for _, r, _ in running.values())]
+            ready.sort(key=lambda s: KINDS.index(s.kind), reverse=True)  # what completes a cell comes first
             for step in ready[: len(free)]:
                 slot = free.pop(0)
                 task = to_task(step, store.root, command)
