@@ -99,13 +99,13 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def measured_row(model: PreTrainedModel, batch: int, context: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row's numbers; null where something was not measured or ran out of memory."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     prefill, prefill_peak, prefill_status = (
-        guarded(lambda: measure_prefill(model, batch, context), model.device)
+        guarded(lambda: measure_prefill(model, batch, context), model.device, weights)
         if batch * context <= args.prefill_tokens else (None, None, "not measured")
     )  # fmt: skip
-    decode, decode_peak, status = guarded(lambda: measure_decode(model, batch, context, args.steps, args.compile), model.device)
+    decode, decode_peak, status = guarded(lambda: measure_decode(model, batch, context, args.steps, args.compile), model.device, weights)
     seconds, held = decode or (None, None)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     passes = 2 if isinstance(model, StudentForCausalLM) else 1  # a state is read and written, keys and values are read
     return {
         "prefill_tokens_per_second": prefill and batch * context / prefill, "prefill_seconds": prefill,
@@ -116,17 +116,19 @@ def measured_row(model: PreTrainedModel, batch: int, context: int, args: argpars
     }  # fmt: skip
 
 
-def guarded(measure: Callable[[], Any], device: torch.device) -> tuple[Any, int | None, str]:
-    """What `measure` gives, its peak memory in bytes (null on a CPU), and "ok" or "out of memory"."""
-    on_cuda = device.type == "cuda"
-    if on_cuda:
+def guarded(measure: Callable[[], Any], device: torch.device, weights: int) -> tuple[Any, int | None, str]:
+    """What `measure` gives, its peak memory in bytes with the model's own weights but without what else lies on the
+    GPU (null on a CPU), and "ok" or "out of memory"."""
+    before = 0
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     try:
         value = measure()
     except torch.OutOfMemoryError:
         return None, None, "out of memory"
-    return value, torch.cuda.max_memory_allocated() if on_cuda else None, "ok"
+    return value, torch.cuda.max_memory_allocated() - before + weights if device.type == "cuda" else None, "ok"
 
 
 @torch.no_grad()

@@ -82,10 +82,10 @@ def test_running_out_of_memory_is_a_row_and_what_else_goes_wrong_is_not():
         raise error
 
     cpu = torch.device("cpu")
-    assert guarded(lambda: fail(torch.OutOfMemoryError("no")), cpu) == (None, None, "out of memory")
-    assert guarded(lambda: 3.0, cpu) == (3.0, None, "ok")
+    assert guarded(lambda: fail(torch.OutOfMemoryError("no")), cpu, 8) == (None, None, "out of memory")
+    assert guarded(lambda: 3.0, cpu, 8) == (3.0, None, "ok")
     with pytest.raises(RuntimeError, match="other"):
-        guarded(lambda: fail(RuntimeError("other")), cpu)
+        guarded(lambda: fail(RuntimeError("other")), cpu, 8)
 
 
 def test_when_the_minutes_are_over_the_rest_is_listed_as_not_run():
