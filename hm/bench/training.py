@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from hm import parallel
 from hm.adapters import adapter_for
 from hm.bench.report import Column, matrix_rate, peak_memory, reset_peak, synchronize, table, write
 from hm.bench.shapes import SHAPES, attention_shape, build_teacher, shape_config
-from hm.config import Stage
+from hm.config import PARALLEL, Stage
 from hm.convert import convert, embeddings
 from hm.errors import UserError
 from hm.objectives import Align, FineTune, Objective
@@ -35,9 +36,9 @@ from hm.ops import resolve_scan
 from hm.train import Run, train
 
 COLUMNS: dict[str, Column] = {
-    "shape": str, "what": str, "mixer": str, "scan": str, "seq_len": str, "batch": str, "tokens_per_second": "{:,.0f}".format,
+    "shape": str, "what": str, "mixer": str, "scan": str, "seq_len": str, "batch": str, "gpus": str, "tokens_per_second": "{:,.0f}".format,
     "ratio_to_teacher": "{:.2f}".format, "share_of_peak": "{:.1%}".format, "peak_memory_bytes": lambda b: f"{b / 1e9:.1f} GB",
-    "first_step_seconds": "{:.1f}".format, "status": str,
+    "first_step_seconds": "{:.1f}".format, "final_loss": "{:.5f}".format, "status": str,
 }  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     device = torch.device(args.device)
     precision = "bf16" if device.type == "cuda" else "fp32"
     row: dict[str, Any] = {"shape": shape, "what": what, "seq_len": seq_len, "batch": batch, "compile": args.compile,
-                           "checkpointing": args.checkpointing, "precision": precision, "status": "ok"}  # fmt: skip
+                           "checkpointing": args.checkpointing, "precision": precision, "status": "ok",
+                           "gpus": parallel.processes(), "parallel": args.parallel}  # fmt: skip
     if what != "teacher":
         row |= {"mixer": "hedgehog" if what == "stage1" else mixer}
         row["scan"] = resolve_scan(scan, device, 2 * attention_shape(shape).head_dim, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -97,7 +99,8 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     reset_peak(device)
     stage = Stage(lr=1e-5, batch_size=batch, micro_batch=args.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(f"{shape} {what}", Path(folder), "bench", device, precision, 10**9, args.log_every, args.compile, args.checkpointing)
+        run = Run(f"{shape} {what}", Path(folder), "bench", device, precision, 10**9, args.log_every,
+                  compile=args.compile, checkpointing=args.checkpointing, parallel=args.parallel)  # fmt: skip
         start = time.perf_counter()
         try:
             result = train(objective, give, first + args.steps, stage, run)
@@ -111,7 +114,7 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     flops = model_flops(objective, what, seq_len)
     return row | {
         "tokens_per_second": rate, "seconds_per_step": seconds, "flops_per_token": flops,
-        "share_of_peak": rate * flops / args.rate, "peak_memory_bytes": peak_memory(device),
+        "share_of_peak": rate * flops / (args.rate * parallel.processes()), "peak_memory_bytes": peak_memory(device),
         "first_step_seconds": marks[1] - start, "final_loss": result["final_loss"],
     }  # fmt: skip
 
@@ -124,13 +127,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--mixer", default="hedgemamba", help="the student's mixer in stage 2")
     p.add_argument("--scans", default="auto", help="back ends of the recurrence, by comma")
     p.add_argument("--lengths", default="1024", help="tokens of a sequence, by comma")
-    p.add_argument("--batch", type=int, default=16, help="sequences a step at the first length; fewer where they are longer")
+    p.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes, at the first length; fewer where they are longer")
     p.add_argument("--micro-batch", type=int, default=None, help="sequences a backward pass")
     p.add_argument("--steps", type=int, default=20, help="steps that are timed")
     p.add_argument("--warmup", type=int, default=3, help="steps between the first and the timed ones")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines, where the loop waits for the device")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile; default: on cuda")
     p.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
+    p.add_argument("--parallel", default="auto", choices=PARALLEL, help="of several processes (torchrun): as the setting parallel=")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, default=Path("results/bench/training.json"), help="new rows are added to those there")
     return p.parse_args(argv)
@@ -138,9 +142,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    device = torch.device(args.device)
+    with parallel.group(torch.device(args.device)):
+        measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    device, main = torch.device(args.device), parallel.rank() == 0
     args.rate = matrix_rate(device, "bf16" if device.type == "cuda" else "fp32")
-    print(f"matrix rate: {args.rate / 1e12:.3g} TFLOP/s", flush=True)
+    if main:
+        print(f"matrix rate: {args.rate / 1e12:.3g} TFLOP/s", flush=True)
     lengths = [int(text) for text in args.lengths.split(",")]
     rows: list[dict[str, Any]] = []
     for shape in args.shapes.split(","):
@@ -155,8 +165,10 @@ def main(argv: list[str]) -> None:
                     elif yardstick and what == "stage2" and "tokens_per_second" in row:
                         row["ratio_to_teacher"] = row["tokens_per_second"] / yardstick
                     rows.append(row)
-                    print(table([row], COLUMNS).splitlines()[-1], flush=True)
-                    write(args.out, "training", rows, matrix_flops_per_second=args.rate)
+                    if main:
+                        print(table([row], COLUMNS).splitlines()[-1], flush=True)
+                        write(args.out, "training", rows, matrix_flops_per_second=args.rate)
                     reset_peak(device)
-    print("\n" + table(rows, COLUMNS))
+    if main:
+        print("\n" + table(rows, COLUMNS))
 
