@@ -109,6 +109,8 @@ def check_typed(arguments: list[str]) -> None:
         if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument} is no setting; write NAME=VALUE (python sweep.py --help lists them all).")
     typed = [a for a in args.overrides if "=" in a]
+    if args.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("-m starts processes of its own; leave out the launcher before it, or run one cell without -m.")
     study = next((a for a in typed if a.startswith("+study=")), None)
     if study and not (args.multirun or args.cfg or args.info or any(a.startswith("row=") for a in typed)):
         raise UserError(f"{study} is a sweep over its rows; add -m, or choose one of them with row=.")
@@ -139,25 +141,32 @@ def check_choices(argument: str, key: str, known: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="sweeps", config_name="config")
 def main(cfg: DictConfig) -> None:
+    from hm import parallel
+    from hm.cache import use_cache
     from hm.cell import Cell
-    from hm.progress import quiet
-    from hm.train import Interrupted
+    from hm.check import pick_device
+    from hm.errors import Interrupted
+    from hm.progress import quiet, say
     from slurm.job import StopRequest
     from slurm.job import leave as leave_job
 
     quiet()
     typed, store = list(HydraConfig.get().overrides.task), Store(store_folder(cfg.runs))
+    use_cache(store.root)
     with StopRequest(30.0, leave_job) as stop:
         try:
+            settings = settings_of(plain_of(cfg), typed)
             if cfg.plan:
-                return print_plan(settings_of(plain_of(cfg), typed), store)
-            record = Cell(settings_of(plain_of(cfg), typed), store, stop=stop).run()
+                return print_plan(settings, store)
+            with parallel.group(pick_device(settings.device)):
+                record = Cell(settings, store, stop=stop).run()
         except UserError as error:
             leave(error)
         except Interrupted as saved:
-            print(f"{saved}; the same command goes on from there", file=sys.stderr)
+            say(f"{saved}; the same command goes on from there")
             leave_job(stop.status)
-    print(summary(record))
+    if parallel.rank() == 0:
+        print(summary(record))
 
 
 def print_plan(settings: Settings, store: Store) -> None:
@@ -177,7 +186,8 @@ def summary(record: dict) -> str:
 
 
 def leave(error: UserError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -192,7 +202,6 @@ def show_help() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what goes wrong rather than print it and leave with status 1
     if any(a in ("--help", "-h") for a in sys.argv[1:]):
         show_help()

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hm import parallel
 from hm.check import check, pick_device
 from hm.config import MIXERS, Settings, human
 from hm.convert import convert, parts_name, report, teacher_counts, trainable
 from hm.data import Batches, DataSpec, TokenDataset, tokenize, validation_batches
-from hm.errors import UserError
+from hm.errors import Interrupted, UserError
 from hm.evaluate import summarise, token_losses
 from hm.export import export, exported
 from hm.files import weight_errors
@@ -41,7 +42,7 @@ from hm.record import write_record
 from hm.store import Store, atomic_write, content_key, to_json
 from hm.teacher import load_teacher
 from hm.tracking import Watch, open_trackers
-from hm.train import Interrupted, Run, train
+from hm.train import Run, train
 
 FORMAT = 1
 """Raised when a change of the code changes what a step computes from the same settings."""
@@ -177,7 +178,8 @@ class Cell:
                 tokenize(self.spec, self.inputs.tokenizer(self.s.teacher), work, vocab_size=vocab, progress=shown)
             return {"seconds": time.perf_counter() - start}
 
-        return self.store.artifact("tokens", self.tokens_key, build, {"data": self.s.data, "validation": self.s.validation})
+        about = {"data": self.s.data, "validation": self.s.validation}
+        return parallel.on_main(lambda: self.store.artifact("tokens", self.tokens_key, build, about))
 
     @cached_property
     def train_tokens(self) -> TokenDataset:
@@ -186,8 +188,9 @@ class Cell:
     def enough_text(self) -> None:
         """Refuse text that is too short for a batch of any stage, or for evaluation, before anything is trained."""
         s = self.s
-        for stage, steps in ((s.stage1, self.stage1_steps), (s.stage2, self.stage2_steps)):
+        for name, stage, steps in (("stage1", s.stage1, self.stage1_steps), ("stage2", s.stage2, self.stage2_steps)):
             if steps:
+                parallel.rows(stage.batch_size, f"{name}.")
                 Batches(self.train_tokens, s.seq_len, stage.batch_size, s.seed)
         enough_text(s, TokenDataset(self.tokens(), "validation"))
 
@@ -209,15 +212,19 @@ class Cell:
 
     @contextmanager
     def watched(self, name: str, work: Path, key: str, steps: int, stage: Any) -> Iterator[Run]:
-        """The run of one stage in its work folder, with all who watch it."""
+        """The run of one stage in its work folder, with all who watch it (through the first of several processes)."""
 
         def trackers() -> list:
             return open_trackers(self.store.root / "tensorboard" / s.study, f"{self.name} {name}", key, s.tracker)
 
         s = self.s
+        run = Run(f"{self.name} {name}", work, key, self.device, self.precision, s.checkpoint_every, s.log_every,
+                  lambda step: self.stop(), s.compile, s.checkpointing, s.parallel)  # fmt: skip
+        if parallel.rank() > 0:
+            yield run
+            return
         with Watch(work, steps, stage.batch_size * s.seq_len, trackers, self.stop) as watch:
-            yield Run(f"{self.name} {name}", work, key, self.device, self.precision, s.checkpoint_every, s.log_every, watch,
-                      s.compile, s.checkpointing)  # fmt: skip
+            yield dataclasses.replace(run, stop=watch)
 
     def stage1(self, teacher: PreTrainedModel | None = None) -> Path | None:
         """The artifact with the feature maps that stage 1 learns; None without a stage 1."""
@@ -232,13 +239,15 @@ class Cell:
             batches = Batches(self.train_tokens, s.seq_len, s.stage1.batch_size, s.seed)
             with self.watched("stage 1", work, key, self.stage1_steps, s.stage1) as run:
                 result = train(objective, batches.batch, self.stage1_steps, s.stage1, run)
+            if parallel.rank() > 0:
+                return result
             maps = {n: p.detach().cpu().contiguous() for n, p in trainable(student, "stage1")}
             with weight_errors():
                 save_file(maps, work / "feature_maps.safetensors")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result
 
-        return self.store.artifact("stage1", key, build, self.described())
+        return parallel.artifact(self.store, "stage1", key, build, self.described())
 
     def converted(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """What stage 2 starts from: the student with stage 1's feature maps, or a teacher to be adapted."""
@@ -277,13 +286,15 @@ class Cell:
                 name = {"two_stage": "stage 2", "one_step": "one step"}.get(s.recipe, "adapt teacher")
                 with self.watched(name, work, key, self.stage2_steps, s.stage2) as run:
                     result = train(objective, batches.batch, self.stage2_steps, s.stage2, run)
+            if parallel.rank() > 0:
+                return result
             counts = report(model).counts if isinstance(model, StudentForCausalLM) else adapted_counts(model)
             with weight_errors():
                 model.save_pretrained(work / "model")
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result | {"params": counts}
 
-        return self.store.artifact("student", key, build, self.described())
+        return parallel.artifact(self.store, "student", key, build, self.described())
 
     def finished(self) -> PreTrainedModel:
         """What this cell is about: the trained student, the adapted teacher, or the teacher."""
@@ -327,7 +338,7 @@ class Cell:
             atomic_write(work / "losses.json", to_json({"tokens": self.tokens_key, "seq_len": s.seq_len, "loss": per_sequence}))
             atomic_write(work / "metrics.json", to_json(found, indent=1))
 
-        return self.store.artifact("eval", self.key, build, self.described())
+        return parallel.on_main(lambda: self.store.artifact("eval", self.key, build, self.described()))
 
     # --- the record
 
@@ -347,16 +358,16 @@ class Cell:
         """Do what is missing, write the record into the cell's run folder, and return it."""
         if self.s.export:
             exported(self.s.export, self.key)
-        if record := self.done():
-            self.export(record)
+        if record := parallel.on_main(self.done):
+            parallel.on_main(lambda: self.export(record))
             return record
         if self.s.force:
-            self.forget()
+            parallel.on_main(self.forget)
         say(f"{self.s.study}/{self.name}: {self.summary()}")
         started = provenance()["started"]
         for kind in self.step_keys():
             self.run_step(kind)
-        return write_record(self, started)
+        return parallel.on_main(lambda: write_record(self, started))
 
     def export(self, record: dict) -> None:
         """Leave the finished model where export= says."""

@@ -31,6 +31,7 @@ MIXERS: dict[str, dict[str, bool]] = {
 }
 RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
 TRACKERS = ("tensorboard", "wandb")
+PARALLEL = ("auto", "ddp", "fsdp")
 LOSSES = ("ce", "kl", "ce+kl")
 DECAYS = ("head", "channel")
 SCANS = ("auto", "fused", "ssd", "selective_scan", "chunked", "recurrent", "naive")
@@ -166,6 +167,7 @@ class Settings:
     compile: bool | None = setting(None, "torch.compile for training, layer by layer; null: on cuda", "false")
     checkpointing: bool = setting(False, "compute activations again in the backward pass instead of keeping them", "true")
     export: str | None = setting(None, "leave the finished student in this new folder, with tokenizer and model card", "student")
+    parallel: str = setting("auto", "of several processes (accelerate launch): ddp, or fsdp to cut the model over them; auto: ddp", "fsdp", PARALLEL)
     force: bool = setting(False, "run a finished cell again, beside the old one", "true")
     checkpoint_every: int = setting(200, "steps between checkpoints", "1000")
     log_every: int = setting(10, "steps between logged losses", "50")

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are no fault of the code."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Entry points print the message without a traceback and exit with status 2.
     """
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; a checkpoint holds every step that was done."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hm.adapters import AttentionRecord, adapter_for, capture_attention
 from hm.compile import compiled, regions, unmasked
 from hm.convert import is_new, trainable
-from hm.losses import cosine_loss, next_token_loss
+from hm.losses import NextToken, cosine_loss, next_token_loss
 from hm.mixer import BaseMixer, SelectiveDecay
 from hm.modeling import StudentForCausalLM
 
@@ -53,10 +53,12 @@ def has_weights(module: nn.Module) -> bool:
 
 class Objective(ABC):
     """`model`: what is trained; `parameters`: [(name, parameter, is it new)]; `flags`: what its settings' names begin
-    with, for messages; `compiled`: whether it computes with torch.compile at present."""
+    with, for messages; `compiled`: whether it computes with torch.compile at present; `reduced`: whether `backward` leaves
+    gradients that are means over all processes (hm.parallel)."""
 
     flags = "stage2."
     compiled = False
+    reduced = False
     model: PreTrainedModel
     teacher: PreTrainedModel | None = None
     parameters: list[tuple[str, nn.Parameter, bool]]
@@ -185,7 +187,12 @@ def compiled_alignment() -> Callable:
 
 
 class FineTune(Objective):
-    """Next-token cross-entropy, KL to the teacher's logits, or both: (1 - kl_weight) * ce + kl_weight * kl."""
+    """Next-token cross-entropy, KL to the teacher's logits, or both: (1 - kl_weight) * ce + kl_weight * kl.
+
+    module: what computes `losses` where several processes share the work.
+    """
+
+    module: nn.Module | None = None
 
     def __init__(
         self,
@@ -212,15 +219,19 @@ class FineTune(Objective):
     def recomputed(self) -> list[nn.Module]:
         return decoder_layers(self.model)
 
-    def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
+    def losses(self, tokens: Tensor) -> NextToken:
+        """The losses of tokens (b, L + 1)."""
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         teacher = None
         if self.kl_weight > 0:
             assert self.teacher is not None
             with torch.no_grad():
                 teacher = last_hidden(self.teacher, inputs)
-        found = next_token_loss(
+        return next_token_loss(
             *last_hidden(self.model, inputs), labels, kl_weight=self.kl_weight, teacher=teacher, fused=self.compiled
         )
+
+    def backward(self, tokens: Tensor, scale: float) -> dict[str, Tensor]:
+        found = (self.module or self.losses)(tokens)
         (found.loss * scale).backward()
-        return {n: v.detach() for n, v in found._asdict().items() if teacher is not None or n == "loss"}
+        return {n: v.detach() for n, v in found._asdict().items() if self.kl_weight > 0 or n == "loss"}

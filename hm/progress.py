@@ -8,16 +8,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+silent = False
+"""In all of several processes but the first."""
+
 
 def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
     """A bar on standard error if that is a terminal. Workers side by side each have a line of their own (HM_BAR)."""
     line = int(os.environ.get("HM_BAR", "0"))
-    return tqdm(iterable, position=line, leave=False, dynamic_ncols=True, mininterval=1.0, disable=None, **options)
+    return tqdm(iterable, position=line, leave=False, dynamic_ncols=True, mininterval=1.0, disable=silent or None, **options)
 
 
 def say(text: str) -> None:
     """A line on standard error that does not run into a bar."""
-    tqdm.write(text, file=sys.stderr)
+    if not silent:
+        tqdm.write(text, file=sys.stderr)
 
 
 def quiet() -> None:

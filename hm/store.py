@@ -40,7 +40,7 @@ from hm.files import (
 )
 
 FORMAT = 1
-OWN_FOLDERS = ("artifacts", "jobs", "tensorboard")
+OWN_FOLDERS = ("artifacts", "cache", "jobs", "tensorboard")
 
 
 def content_key(obj: Mapping, length: int = 16) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hm import parallel
 from hm.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from hm.compile import Replayed
 from hm.config import Stage
-from hm.errors import UserError
+from hm.errors import Interrupted, UserError
 from hm.files import atomic_write
 from hm.objectives import Objective
 from hm.progress import progress_bar
@@ -29,10 +31,6 @@ from hm.progress import progress_bar
 
 class Diverged(UserError):
     """The loss is no longer finite; the message says at which step, in which layer, and what to try."""
-
-
-class Interrupted(Exception):
-    """Training was asked to stop (`Run.stop`); a checkpoint holds every step that was done."""
 
 
 @dataclass
@@ -52,6 +50,7 @@ class Run:
     stop: Callable[[int], bool] = lambda step: False
     compile: bool | None = None  # None: on CUDA
     checkpointing: bool = False
+    parallel: str = "auto"  # of several processes: ddp or fsdp
 
 
 def learning_rate(step: int, steps: int, stage: Stage) -> float:
@@ -84,7 +83,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     """Train for `steps` steps, going on from the newest checkpoint in run.workdir if there is one.
 
     Args:
-        batch: step -> tokens (stage.batch_size, L + 1).
+        batch: step -> tokens (stage.batch_size, L + 1), the same in all of several processes: each takes its rows.
         run: where checkpoints and metrics.jsonl lie; `run.key` must be that of the checkpoints there.
 
     Returns:
@@ -94,20 +93,28 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     Raises:
         Diverged: when the loss is not finite.
         Interrupted: when `run.stop` asked for it.
-        UserError: when a checkpoint there was made with other settings.
+        UserError: when a checkpoint there was made with other settings, or batches can't be cut over the processes.
     """
+    parallel.rows(stage.batch_size, objective.flags)
+    with parallel.sharing(objective, run.parallel, run.precision) as shared:
+        return train_shared(shared, batch, steps, stage, run)
+
+
+def train_shared(objective: Objective, batch: Callable[[int], Tensor], steps: int, stage: Stage, run: Run) -> dict:
+    """`train`, of an objective as this process trains it; the first of several processes writes."""
     optimizer = make_optimizer(objective, stage)
     names = {p: n for n, p, _ in objective.parameters}
     folder, log = run.workdir / "checkpoints", run.workdir / "metrics.jsonl"
     run.workdir.mkdir(parents=True, exist_ok=True)
     first, seconds = restore(objective, optimizer, folder, run)
-    truncate_log(log, first)
-    cuda, ahead = run.device.type == "cuda", runs_ahead(run.device)
+    parallel.on_main(lambda: truncate_log(log, first))
+    cuda, several, main = run.device.type == "cuda", parallel.processes() > 1, parallel.rank() == 0
+    ahead = runs_ahead(run.device) and not (several and run.parallel == "fsdp")  # which waits for others in any case
     if cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
     tokens = on_device(batch(min(first, steps - 1)), run)
-    parts = stage.batch_size // (stage.micro_batch or stage.batch_size)
-    per_step = tokens[:, 1:].numel()
+    parts = parallel.micro_batches(len(tokens), stage.micro_batch)
+    per_step = tokens[:, 1:].numel() * parallel.processes()
     losses: dict[str, float] = last_losses(log)
     start = time.perf_counter()
     bar = progress_bar(
@@ -118,17 +125,17 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
     compile = cuda if run.compile is None else run.compile
     running = objective.running(compile, run.checkpointing)
     step_gradients = partial(gradients, objective, parts=parts, run=run)
-    replayed = Replayed(step_gradients) if compile and cuda else None
-    with bar, open(log, "a") as out, running:
+    replayed = Replayed(step_gradients) if compile and cuda and not several else None
+    with bar, open(log if main else os.devnull, "a") as out, running:
         for step in range(first, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, stage)
             found = (replayed or step_gradients)(tokens)
-            norm = torch.nn.utils.clip_grad_norm_(list(names), stage.clip if stage.clip > 0 else math.inf)
+            norm = parallel.full(torch.nn.utils.clip_grad_norm_(list(names), stage.clip if stage.clip > 0 else math.inf))
             finite = torch.isfinite(found["loss"] + norm)
             broken = torch.where((broken < 0) & ~finite, step, broken)
             logged = step % run.log_every == 0 or step == steps - 1
-            stopping = run.stop(step + 1) and step + 1 < steps
+            stopping = parallel.any_says(run.stop, step + 1) and step + 1 < steps
             saved = stopping or ((step + 1) % run.checkpoint_every == 0 and step + 1 < steps)
             if ahead:  # no waiting for the GPU: the optimiser itself leaves the weights alone from the broken step on
                 optimizer.found_inf = (broken >= 0).float()  # type: ignore[attr-defined]
@@ -136,7 +143,7 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
                 raise diverged(objective, batch, int(broken), parts, stage, run)
             optimizer.step()
             if replayed is None or not replayed.recorded:
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not several)  # DDP's gradients lie in its buckets
             bar.update(per_step)
             if logged:
                 losses = {name: float(value) for name, value in found.items()}
@@ -172,7 +179,8 @@ def runs_ahead(device: torch.device) -> bool:
 
 
 def on_device(tokens: Tensor, run: Run) -> Tensor:
-    """A batch on its way to the device; the GPU copies it while it computes."""
+    """This process's rows of a batch on their way to the device; the GPU copies them while it computes."""
+    tokens = parallel.own_rows(tokens)
     if run.device.type != "cuda":
         return tokens.to(run.device)
     return tokens.pin_memory().to(run.device, non_blocking=True)
@@ -181,31 +189,38 @@ def on_device(tokens: Tensor, run: Run) -> Tensor:
 def gradients(objective: Objective, tokens: Tensor, parts: int, run: Run) -> dict[str, Tensor]:
     """Add the gradients of one step, `parts` micro-batches, and return its mean losses, still on the device."""
     found: dict[str, Tensor] = {}
-    for chunk in tokens.chunk(parts):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+    for i, chunk in enumerate(tokens.chunk(parts)):
+        autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+        with autocast, parallel.micro_batch(objective, last=i == parts - 1):
             values = objective.backward(chunk, 1 / parts)
         for name, value in values.items():
             found[name] = found.get(name, 0) + value / parts
+    parallel.reduce_gradients(objective)
     objective.project()
-    return found
+    return parallel.mean(found)
 
 
 def save(objective: Objective, optimizer: torch.optim.Optimizer, names: dict, folder: Path, step: int, state: dict, run: Run) -> None:
     weights = {f"model.{n}": p.detach() for n, p, _ in objective.parameters}
     moments = {f"optimizer.{n}": t for n, t in optimizer_tensors(optimizer, names).items()}
-    save_checkpoint(folder, step, weights | moments, state, run.key)
+    tensors = parallel.gathered(weights | moments)
+    parallel.on_main(lambda: save_checkpoint(folder, step, tensors, state, run.key))
 
 
 def restore(objective: Objective, optimizer: torch.optim.Optimizer, folder: Path, run: Run) -> tuple[int, float]:
     """Load the newest checkpoint, if there is one; returns (steps done, seconds spent on them)."""
     checkpoint = load_checkpoint(folder, run.key)
+    if len(found := set(parallel.exchange(checkpoint.step if checkpoint else 0))) > 1:
+        raise UserError(f"{folder} holds other checkpoints for one process than for another (steps {found}); `runs` must be a folder that all share.")
     if checkpoint is None:
         return 0, 0.0
     with torch.no_grad():
         for name, parameter, _ in objective.parameters:
-            parameter.copy_(checkpoint.tensors[f"model.{name}"])
+            parameter.copy_(parallel.part_of(checkpoint.tensors[f"model.{name}"], parameter))
+    own = {n: p for n, p, _ in objective.parameters}
     moments = {n.removeprefix("optimizer."): t for n, t in checkpoint.tensors.items() if n.startswith("optimizer.")}
-    load_optimizer(optimizer, moments, {p: n for n, p, _ in objective.parameters})
+    moments = {n: parallel.part_of(t, own.get(n.rpartition(".")[0], t)) for n, t in moments.items()}
+    load_optimizer(optimizer, moments, own)
     return checkpoint.step, float(checkpoint.state["seconds"])
 
 
@@ -230,10 +245,10 @@ def last_losses(log: Path) -> dict[str, float]:
 
 def diverged(objective: Objective, batch: Callable[[int], Tensor], step: int, parts: int, stage: Stage, run: Run) -> Diverged:
     """The error of a step that broke, found again: a step's batch is known, and its weights are still there."""
-    flags, tokens = objective.flags, on_device(batch(step), run)
-    losses = {name: float(value) for name, value in gradients(objective, tokens, parts, run).items()}
+    flags, tokens = objective.flags, batch(step)
+    losses = {name: float(value) for name, value in gradients(objective, on_device(tokens, run), parts, run).items()}
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-        where = objective.suspect(tokens.chunk(parts), losses)
+        where = objective.suspect(tokens.to(run.device).chunk(parts * parallel.processes()), losses)
     remedy = ", or try precision=fp32" if run.precision == "bf16" else ""
     return Diverged(
         f"{run.name}: the loss or its gradient is not finite at step {step} (loss {losses['loss']}; "

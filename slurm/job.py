@@ -19,10 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hm.errors import UserError
 from hm.files import atomic_write, to_json
+
+if TYPE_CHECKING:
+    from hm.config import Settings
+    from hm.store import Store
 
 REQUEUE = 75
 """Exit status: stopped by USR1 or USR2 (preemption, time limit) and to be started again."""
@@ -88,39 +92,57 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
         UserError: what the step itself raises; or this machine's inputs give another key than the plan's.
         Interrupted: `stop` said True, and the state was saved.
     """
+    from hm import parallel
+    from hm.cache import use_cache
+    from hm.check import pick_device
+    from hm.config import from_dict
+    from hm.errors import Interrupted
+    from hm.store import Store
+
+    values = task.settings | ({"device": "cpu", "scan": "auto"} if task.kind == "tokens" else {})  # made where no GPU is
+    store, settings = Store(task.store), from_dict(values)
+    use_cache(store.root)
+    note = failure_path(store.root, task.kind, task.key)
+    note.unlink(missing_ok=True)
+    try:
+        with parallel.group(pick_device(settings.device)):
+            run_step(task, settings, store, stop)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if parallel.rank() == 0:
+            about = {"error": one_line(error), "host": socket.gethostname(), "time": time.time(), "log": os.environ.get("HM_LOG"),
+                     "traceback": "" if isinstance(error, UserError) else traceback.format_exc()}  # fmt: skip
+            note.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(note, to_json(about, indent=1))
+        raise
+
+
+def run_step(task: Task, settings: Settings, store: Store, stop: Callable[[], bool]) -> None:
+    """`run`, without what is left behind when it fails."""
+    from hm import parallel
     from hm.cell import Cell
     from hm.config import from_dict
     from hm.inputs import Inputs
     from hm.record import write_record
-    from hm.store import Store
-    from hm.train import Interrupted
 
-    store, inputs, settings = Store(task.store), Inputs(), task.settings
-    if task.kind == "tokens":  # made where there is no GPU for cells that will run on one
-        settings = settings | {"device": "cpu", "scan": "auto"}
-    note = failure_path(store.root, task.kind, task.key)
-    note.unlink(missing_ok=True)
-    try:
-        cell = Cell(from_dict(settings), store, inputs=inputs, stop=stop)
-        found = cell.step_keys().get(task.kind)
-        if found != task.key:
-            raise UserError(
-                f"{cell.name}: on {socket.gethostname()} the key of {task.kind} is {found}, and it was planned as {task.key}; "
-                "teacher, text, package versions and code must be the same there as where the sweep was started."
-            )
-        cell.run_step(task.kind)
+    inputs = Inputs()
+    cell = Cell(settings, store, inputs=inputs, stop=stop)
+    found = cell.step_keys().get(task.kind)
+    if found != task.key:
+        raise UserError(
+            f"{cell.name}: on {socket.gethostname()} the key of {task.kind} is {found}, and it was planned as {task.key}; "
+            "teacher, text, package versions and code must be the same there as where the sweep was started."
+        )
+    cell.run_step(task.kind)
+
+    def record() -> None:
         for values in task.records:
             other = Cell(from_dict(values), store, inputs=inputs, stop=stop)
             if other.done() is None:
                 write_record(other)
-    except Interrupted:
-        raise
-    except Exception as error:
-        about = {"error": one_line(error), "host": socket.gethostname(), "time": time.time(), "log": os.environ.get("HM_LOG"),
-                 "traceback": "" if isinstance(error, UserError) else traceback.format_exc()}  # fmt: skip
-        note.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(note, to_json(about, indent=1))
-        raise
+
+    parallel.on_main(record)
 
 
 def failure_path(root: Path, kind: str, key: str) -> Path:
@@ -156,11 +178,9 @@ def run_in_job(values: dict[str, Any]) -> None:
     task = Task(**values)
     if env.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-    if env.global_rank:
-        task.records = []
     os.environ |= {"HM_LOG": str(env.paths.stdout), "HM_COMMAND": task.command}
 
-    from hm.train import Interrupted
+    from hm.errors import Interrupted
 
     with StopRequest(task.grace, leave) as stop:
         try:

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from hm.cache import use_cache
 from hm.config import check_choice
 from hm.errors import UserError
 
@@ -14,6 +15,7 @@ def main(argv: list[str]) -> None:
         print(f"{__doc__}\n\npython -m hm.bench KIND --help lists the options; KIND: {', '.join(KINDS)}")
         return
     check_choice("benchmark", argv[0], KINDS)
+    use_cache("runs")
     importlib.import_module(f"hm.bench.{argv[0]}").main(argv[1:])
 
 

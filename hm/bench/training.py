@@ -23,19 +23,20 @@ from typing import Any
 
 import torch
 
+from hm import parallel
 from hm.adapters import adapter_for
 from hm.bench.report import Column, matrix_rate, peak_memory, reset_peak, synchronize, table, write
 from hm.bench.shapes import SHAPES, attention_shape, build_teacher, shape_config
-from hm.config import Stage
+from hm.config import PARALLEL, Stage
 from hm.convert import convert, embeddings
 from hm.objectives import Align, FineTune, Objective
 from hm.ops import resolve_scan
 from hm.train import Run, train
 
 COLUMNS: dict[str, Column] = {
-    "shape": str, "what": str, "mixer": str, "scan": str, "seq_len": str, "batch": str, "tokens_per_second": "{:,.0f}".format,
+    "shape": str, "what": str, "mixer": str, "scan": str, "seq_len": str, "batch": str, "gpus": str, "tokens_per_second": "{:,.0f}".format,
     "ratio_to_teacher": "{:.2f}".format, "share_of_peak": "{:.1%}".format, "peak_memory_bytes": lambda b: f"{b / 1e9:.1f} GB",
-    "first_step_seconds": "{:.1f}".format, "status": str,
+    "first_step_seconds": "{:.1f}".format, "final_loss": "{:.5f}".format, "status": str,
 }  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     device = torch.device(args.device)
     precision = "bf16" if device.type == "cuda" else "fp32"
     row: dict[str, Any] = {"shape": shape, "what": what, "seq_len": seq_len, "batch": batch, "compile": args.compile,
-                           "checkpointing": args.checkpointing, "precision": precision, "status": "ok"}  # fmt: skip
+                           "checkpointing": args.checkpointing, "precision": precision, "status": "ok",
+                           "gpus": parallel.processes(), "parallel": args.parallel}  # fmt: skip
     if what != "teacher":
         row |= {"mixer": "hedgehog" if what == "stage1" else mixer}
         row["scan"] = resolve_scan(scan, device, 2 * attention_shape(shape).head_dim, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -100,7 +102,7 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     stage = Stage(lr=1e-5, batch_size=batch, micro_batch=args.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(f"{shape} {what}", Path(folder), "bench", device, precision, checkpoint_every=10**9, log_every=args.log_every,
-                  compile=args.compile, checkpointing=args.checkpointing)  # fmt: skip
+                  compile=args.compile, checkpointing=args.checkpointing, parallel=args.parallel)  # fmt: skip
         start = time.perf_counter()
         try:
             result = train(objective, give, first + args.steps, stage, run)
@@ -113,7 +115,7 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     parameters = sum(p.numel() for p in objective.model.parameters())
     return row | {
         "parameters": parameters, "tokens_per_second": rate, "seconds_per_step": seconds, "flops_per_token": flops,
-        "share_of_peak": rate * flops / args.rate, "peak_memory_bytes": peak_memory(device),
+        "share_of_peak": rate * flops / (args.rate * parallel.processes()), "peak_memory_bytes": peak_memory(device),
         "first_step_seconds": marks[1] - start, "final_loss": result["final_loss"],
     }  # fmt: skip
 
@@ -126,25 +128,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--mixer", default="hedgemamba", help="the student's mixer in stage 2")
     p.add_argument("--scans", default="auto", help="back ends of the recurrence, by comma")
     p.add_argument("--lengths", default="1024", help="tokens of a sequence, by comma")
-    p.add_argument("--batch", type=int, default=16, help="sequences a step at the first length; fewer where they are longer")
+    p.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes, at the first length; fewer where they are longer")
     p.add_argument("--micro-batch", type=int, default=None, help="sequences a backward pass")
     p.add_argument("--steps", type=int, default=20, help="steps that are timed")
     p.add_argument("--warmup", type=int, default=3, help="steps between the first and the timed ones")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines, where the loop waits for the device")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile; default: on cuda")
     p.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")
+    p.add_argument("--parallel", default="auto", choices=PARALLEL, help="of several processes (torchrun): as the setting parallel=")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, default=Path("results/bench/training.json"), help="JSON; a plot of the same name lies beside it")
     return p.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
+    args = parse(argv)
+    with parallel.group(torch.device(args.device)):
+        measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
     from hm.bench.plot import plot_lengths
 
-    args = parse(argv)
-    device = torch.device(args.device)
+    device, main = torch.device(args.device), parallel.rank() == 0
     args.rate = matrix_rate(device, "bf16" if device.type == "cuda" else "fp32")
-    print(f"matrix rate: {args.rate / 1e12:.3g} TFLOP/s", flush=True)
+    if main:
+        print(f"matrix rate: {args.rate / 1e12:.3g} TFLOP/s", flush=True)
     lengths = [int(text) for text in args.lengths.split(",")]
     rows: list[dict[str, Any]] = []
     for shape in args.shapes.split(","):
@@ -159,9 +168,11 @@ def main(argv: list[str]) -> None:
                     elif yardstick and what == "stage2" and "tokens_per_second" in row:
                         row["ratio_to_teacher"] = row["tokens_per_second"] / yardstick
                     rows.append(row)
-                    print(table([row], COLUMNS).splitlines()[-1], flush=True)
-                    write(args.out, "training", rows, matrix_flops_per_second=args.rate)
+                    if main:
+                        print(table([row], COLUMNS).splitlines()[-1], flush=True)
+                        write(args.out, "training", rows, matrix_flops_per_second=args.rate)
                     reset_peak(device)
-    print("\n" + table(rows, COLUMNS))
-    plot_lengths(rows, args.out.with_suffix(".png"))
+    if main:
+        print("\n" + table(rows, COLUMNS))
+        plot_lengths(rows, args.out.with_suffix(".png"))
 

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ def load_kernel(module: str, name: str) -> Callable[..., Any]:
     true error. Raises ImportError if mamba-ssm or what the operator itself needs (triton, einops, and for
     `selective_scan` the extension) is missing.
     """
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     try:
         found = importlib.import_module(module)
     except ImportError:
