@@ -80,6 +80,7 @@ def measure(what: str, shape: str, scan: str, batch: int, length: int, device: t
     try:
         if scan != ATTENTION:
             resolve_scan(scan, device, d_state=2 * s.head_dim)
+        torch.compiler.reset()  # PyTorch compiles a function for a few shapes only
         forward, leaves = {"operator": operator, "layer": layer}[what](shape, scan, batch, length, device, dtype)
         dy = torch.randn_like(forward())
 
