@@ -56,8 +56,10 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.delenv("HM_RUNS", raising=False)
-    for name in ("HYDRA_FULL_ERROR", "TRITON_CACHE_AUTOTUNING"):
-        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    for name in ("TRITON_CACHE_AUTOTUNING", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that what sweep.py sets is put back
+        monkeypatch.delenv(name)
     return folder
 
 
