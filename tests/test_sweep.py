@@ -253,6 +253,14 @@ def test_a_wrong_command_line_is_answered_in_one_sentence_and_no_cell_begins(swe
     assert nothing_computed(tmp_path / "runs")
 
 
+def test_a_sweep_under_a_launcher_of_processes_is_refused(sweep, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = sweep("-m", *small, "budget=64")
+    assert found.status == 2
+    assert "-m starts processes of its own; leave out the launcher" in found.lines[0]
+    assert nothing_computed(tmp_path / "runs")
+
+
 @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["one cell", "sweep"])
 def test_a_folder_that_cannot_be_written_is_refused(sweep, small, tmp_path, mode):
     (tmp_path / "file").write_text("")
