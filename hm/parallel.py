@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,26 +84,27 @@ def rank() -> int:
 
 
 def exchange(value: Any) -> list:
-    """The values of all processes, by rank. An exception among them is raised by all."""
+    """The values of all processes, by rank. The first exception among them is raised by all."""
     if processes() == 1:
         return [value]
     values: list[Any] = [None] * processes()
     dist.all_gather_object(values, value, group=_words)
     for found in values:
         if isinstance(found, Exception):
+            vars(found)["known"] = True
             raise found
     return values
 
 
-def any_says(ask: Callable[[int], bool], step: int) -> bool:
-    """Whether `ask` says True of a step in any process."""
-    if processes() == 1:
-        return ask(step)
+@contextmanager
+def telling() -> Iterator[None]:
+    """Hands an error of this process to the others, who meet it at their next `exchange`."""
     try:
-        own: Any = ask(step)
-    except UserError as error:
-        own = error
-    return any(exchange(own))
+        yield
+    except (UserError, Interrupted) as error:
+        if "known" not in vars(error):
+            exchange(error)
+        raise
 
 
 def on_main(call: Callable[[], T]) -> T:
@@ -111,16 +112,15 @@ def on_main(call: Callable[[], T]) -> T:
     global _alone
     if processes() == 1:
         return call()
-    outcome: Any = None
-    if rank() == 0:
-        _alone += 1
-        try:
-            outcome = call()
-        except (UserError, Interrupted) as error:
-            outcome = error
-        finally:
-            _alone -= 1
-    return exchange(outcome)[0]
+    with telling():
+        outcome: Any = None
+        if rank() == 0:
+            _alone += 1
+            try:
+                outcome = call()
+            finally:
+                _alone -= 1
+        return exchange(outcome)[0]
 
 
 def artifact(store: Store, kind: str, key: str, build: Callable[[Path], dict | None], describe: Mapping | None) -> Path:
@@ -130,24 +130,20 @@ def artifact(store: Store, kind: str, key: str, build: Callable[[Path], dict | N
     """
     if processes() == 1:
         return store.artifact(kind, key, build, describe)
-    if rank() == 0:
 
-        def announced(work: Path) -> dict | None:
-            exchange(("build", work))
-            return build(work)
+    def announced(work: Path) -> dict | None:
+        exchange(("build", work))
+        return build(work)
 
-        try:
+    with telling():
+        if rank() == 0:
             ready = store.artifact(kind, key, announced, describe)
-        except (UserError, Interrupted) as error:
-            exchange(error)
-            raise
-        exchange(("ready", ready))
-        return ready
-    while True:
-        word, folder = exchange(None)[0]
-        if word == "ready":
-            return folder
-        with suppress(UserError, Interrupted):  # rank 0 met it too, and says so next
+            exchange(("ready", ready))
+            return ready
+        while True:
+            word, folder = exchange(None)[0]
+            if word == "ready":
+                return folder
             build(folder)
 
 
@@ -210,7 +206,7 @@ def sharing(objective: Objective, how: str, precision: str) -> Iterator[Objectiv
         own = dict(shared.model.named_parameters())
         shared.parameters = [(n, own[n], new) for n, _, new in objective.parameters]
     else:
-        shared.module = DistributedDataParallel(_Losses(shared), broadcast_buffers=False, gradient_as_bucket_view=True)
+        shared.module = DistributedDataParallel(_Losses(shared), gradient_as_bucket_view=True)
     import torch._dynamo
 
     with torch._dynamo.config.patch(optimize_ddp=False):  # layers are compiled one by one, which is fine enough
@@ -223,11 +219,12 @@ def sharing(objective: Objective, how: str, precision: str) -> Iterator[Objectiv
 
 
 class _Losses(nn.Module):
-    """What DDP wraps: the model, and what its losses are."""
+    """What DDP wraps: the trained parameters (and no buffers, which never change), and the losses they give."""
 
     def __init__(self, objective: FineTune):
         super().__init__()
-        self.model, self.losses = objective.model, objective.losses
+        self.trained = nn.ParameterList(p for _, p, _ in objective.parameters)
+        self.losses = objective.losses
 
     def forward(self, tokens: Tensor) -> Any:
         return self.losses(tokens)

@@ -135,7 +135,7 @@ def train_shared(objective: Objective, batch: Callable[[int], Tensor], steps: in
             finite = torch.isfinite(found["loss"] + norm)
             broken = torch.where((broken < 0) & ~finite, step, broken)
             logged = step % run.log_every == 0 or step == steps - 1
-            stopping = parallel.any_says(run.stop, step + 1) and step + 1 < steps
+            stopping = any(parallel.exchange(run.stop(step + 1))) and step + 1 < steps
             saved = stopping or ((step + 1) % run.checkpoint_every == 0 and step + 1 < steps)
             if ahead:  # no waiting for the GPU: the optimiser itself leaves the weights alone from the broken step on
                 optimizer.found_inf = (broken >= 0).float()  # type: ignore[attr-defined]

@@ -103,7 +103,8 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
     store, settings = Store(task.store), from_dict(values)
     use_cache(store.root)
     note = failure_path(store.root, task.kind, task.key)
-    note.unlink(missing_ok=True)
+    if parallel.rank() == 0:
+        note.unlink(missing_ok=True)
     try:
         with parallel.group(pick_device(settings.device)):
             run_step(task, settings, store, stop)

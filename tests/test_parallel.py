@@ -98,6 +98,12 @@ def test_a_cell_of_two_processes_is_one_record_with_the_perplexity_of_one_proces
     assert not list((tmp_path / "2").rglob("*.claim")) + list((tmp_path / "2").rglob("*.work-*"))
 
 
+def test_an_error_of_one_process_is_met_by_all_wherever_they_wait(trained):
+    for where in ("alone", "in a build"):
+        assert [(trained / f"{where} {rank}").read_text() for rank in "01"] == [f"{where} of 0", f"{where} of 0"]
+    assert [(trained / f"elsewhere {rank}").read_text() for rank in "01"] == ["elsewhere of 1", "elsewhere of 1"]
+
+
 # --- what the processes do
 
 
@@ -138,9 +144,28 @@ def one_run(folder, words, stop=False, size=8):
         save_file({n: p.detach().contiguous() for n, p, _ in objective.parameters}, folder / "weights.safetensors")
 
 
+def failing(root, where, who):
+    """One process fails where the others wait for its word; each writes down what it met."""
+    from hm.errors import UserError
+    from hm.parallel import artifact, exchange, on_main, rank
+
+    def fail(*_):
+        if rank() == who:
+            raise UserError(f"{where} of {who}")
+        exchange(None)
+
+    try:
+        on_main(fail) if where == "alone" else artifact(Store(root / where), "student", "key", fail, None)
+    except UserError as error:
+        (root / f"{where} {rank()}").write_text(str(error))
+
+
 def all_runs(root):
     from hm.errors import UserError
     from hm.parallel import on_main
+
+    for where, who in (("alone", 0), ("in a build", 0), ("elsewhere", 1)):
+        failing(root, where, who)
 
     for words in KINDS:
         on_main(lambda words=words: one_run(root / "1", words))

@@ -58,8 +58,10 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.delenv("HM_RUNS", raising=False)
-    for name in ("HYDRA_FULL_ERROR", "TRITON_CACHE_AUTOTUNING"):
-        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    for name in ("TRITON_CACHE_AUTOTUNING", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that what sweep.py sets is put back
+        monkeypatch.delenv(name)
     return folder
 
 
@@ -296,6 +298,14 @@ def test_a_wrong_command_line_is_answered_in_one_sentence_and_no_cell_begins(swe
     for part in parts:
         assert part in line
     assert "Traceback" not in found.err
+    assert nothing_computed(tmp_path / "runs")
+
+
+def test_a_sweep_under_a_launcher_of_processes_is_refused(sweep, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = sweep("-m", *small, "budget=64")
+    assert found.status == 2
+    assert "-m starts processes of its own; leave out the launcher" in found.lines[0]
     assert nothing_computed(tmp_path / "runs")
 
 

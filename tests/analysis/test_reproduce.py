@@ -66,6 +66,8 @@ def test_every_command_of_the_page_runs_in_the_order_of_the_page(small, tmp_path
     monkeypatch.setenv("HM_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", "1")
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
     launcher = Plugins.instance().class_name_to_class["hydra_plugins.hedgemamba.LocalLauncher"]
     monkeypatch.setitem(launcher.launch.__globals__, "ProcessPoolExecutor", InThisProcess)
     shutil.copy(ROOT / "REPRODUCE.md", tmp_path)
