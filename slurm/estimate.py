@@ -1,6 +1,6 @@
 """What a step will cost: device-hours and bytes, before it has run.
 
-Training time comes from measured throughput (results/bench/training.json) where there is a row for the stage, scaled
+Training time comes from measured throughput (results/bench/training*.json) where there is a row for the stage, scaled
 by the floating-point operations of a token; else from these operations alone, at an assumed rate. A token takes
 6 operations per trainable parameter and 2 per frozen one, and 2 per parameter of a teacher that only runs forward.
 """
@@ -24,7 +24,7 @@ from hm.errors import UserError
 from hm.mixer import MixerSpec, build_mixer
 from hm.text import source_files
 
-BENCH = Path(__file__).parent.parent / "results" / "bench" / "training.json"
+BENCH = Path(__file__).parent.parent / "results" / "bench"
 RATES = {"cuda": (0.25 * 990e12, "25% of the 990 TFLOP/s of one H100"), "cpu": (50e9, "50 GFLOP/s a process")}
 """Floating-point operations a second that are assumed where nothing was measured."""
 KNOWN_TOKENS = {"hf:openwebtext": 9.0e9}
@@ -45,21 +45,21 @@ class Estimator:
     """Estimates for the cells of one plan."""
 
     def __init__(self, bench: Path = BENCH):
-        self.bench_file = bench
+        self.bench_folder = bench
         self.used: dict[str, None] = {}
         self._sizes: dict[str, Sizes] = {}
 
     @cached_property
     def bench(self) -> list[dict[str, Any]]:
-        """Rows of `python -m hm.bench training`: {"what", "parameters", "tokens_per_second", "device", ...}."""
-        if not self.bench_file.is_file():
-            return []
-        try:
-            found = json.loads(self.bench_file.read_text())
-            rows = [{"device": found["device"], **row} for row in found["rows"]]
-            return [r for r in rows if {"what", "parameters", "tokens_per_second"} <= r.keys()]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{self.bench_file} can't be read as benchmark rows ({error!r}); make it again or delete it.") from error
+        """Rows of `python -m hm.bench training` on one device: {"what", "parameters", "tokens_per_second", "device_type", ...}."""
+        found = []
+        for file in sorted(self.bench_folder.glob("training*.json")):
+            try:
+                measured = json.loads(file.read_text())
+                found += [{"device": measured["device"], **row} for row in measured["rows"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file} can't be read as benchmark rows ({error!r}); make it again or delete it.") from error
+        return [r for r in found if {"what", "parameters", "tokens_per_second", "device_type"} <= r.keys() and r.get("gpus", 1) == 1]
 
     def sizes(self, cell: Cell) -> Sizes:
         """Counted without weights: the teacher is built on PyTorch's meta device, and one mixer in place of each attention."""
@@ -102,7 +102,7 @@ class Estimator:
         flops = self.flops(cell, kind)
         stage = {"stage1": "stage1", "student": "stage2" if cell.is_student else "teacher"}.get(kind)
         n = self.sizes(cell)
-        rows = [r for r in self.bench if r["what"] == stage and ("cpu" in r["device"].lower()) == (cell.device.type == "cpu")]
+        rows = [r for r in self.bench if r["what"] == stage and r["device_type"] == cell.device.type]
         if rows and flops:
             size = n.student if stage == "stage2" else n.teacher
             row = min(rows, key=lambda r: (abs(math.log(r["parameters"] / size)), -r["tokens_per_second"]))

@@ -77,7 +77,7 @@ def measure(what: str, shape: str, mixer: str, scan: str, seq_len: int, batch: i
     device = torch.device(args.device)
     precision = "bf16" if device.type == "cuda" else "fp32"
     row: dict[str, Any] = {"shape": shape, "what": what, "seq_len": seq_len, "batch": batch, "compile": args.compile,
-                           "checkpointing": args.checkpointing, "precision": precision, "status": "ok",
+                           "checkpointing": args.checkpointing, "precision": precision, "device_type": device.type, "status": "ok",
                            "gpus": parallel.processes(), "parallel": args.parallel}  # fmt: skip
     if what != "teacher":
         row |= {"mixer": "hedgehog" if what == "stage1" else mixer}

@@ -111,11 +111,12 @@ def test_sizes_counted_without_weights_are_those_of_the_converted_student(make_t
 def test_hours_come_from_the_nearest_measured_row_where_there_is_one(cell, tmp_path):
     one = cell(budget="6400", stage1_tokens="3200")
     size = Estimator().sizes(one)
-    rows = [{"stage": "stage2", "parameters": 2 * size.student, "tokens_per_second": 100.0, "device": "CPU"},
-            {"stage": "stage2", "parameters": 9 * size.student, "tokens_per_second": 1e9, "device": "CPU"},
-            {"stage": "stage1", "parameters": size.teacher, "tokens_per_second": 1e9, "device": "NVIDIA H200"}]  # fmt: skip
-    (tmp_path / "training.json").write_text(json.dumps({"rows": rows}))
-    estimator = Estimator(tmp_path / "training.json")
+    rows = [{"what": "stage2", "parameters": 2 * size.student, "tokens_per_second": 100.0, "device_type": "cpu"},
+            {"what": "stage2", "parameters": 9 * size.student, "tokens_per_second": 1e9, "device_type": "cpu"},
+            {"what": "stage2", "parameters": size.student, "tokens_per_second": 1e9, "device_type": "cpu", "gpus": 2},
+            {"what": "stage1", "parameters": size.teacher, "tokens_per_second": 1e9, "device_type": "cuda"}]  # fmt: skip
+    (tmp_path / "training.json").write_text(json.dumps({"device": "a machine", "rows": rows}))
+    estimator = Estimator(tmp_path)
     assert estimator.hours(one, "student") == pytest.approx(3200 / 200 / 3600)
     assert estimator.hours(one, "stage1") == Estimator().hours(one, "stage1"), "a GPU's row says nothing about a CPU"
     plan = plan_of(one, estimator=estimator)
@@ -123,7 +124,7 @@ def test_hours_come_from_the_nearest_measured_row_where_there_is_one(cell, tmp_p
     assert "operations per token at 50 GFLOP/s" in describe(plan)
     (tmp_path / "training.json").write_text("[1, 2")
     with pytest.raises(UserError, match=r"training\.json can't be read as benchmark rows"):
-        Estimator(tmp_path / "training.json").hours(one, "student")
+        Estimator(tmp_path).hours(one, "student")
 
 
 @pytest.mark.parametrize(("name", "millions"), [("pythia-160m", 162.3), ("pythia-410m", 405.3), ("pythia-1b", 1011.8)])
