@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hm.cell import Cell
 from hm.config import from_dict
+from hm.parallel import from_srun
 from hm.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,20 @@ def test_an_error_of_one_process_is_met_by_all_wherever_they_wait(trained):
     for where in ("alone", "in a build"):
         assert [(trained / f"{where} {rank}").read_text() for rank in "01"] == [f"{where} of 0", f"{where} of 0"]
     assert [(trained / f"elsewhere {rank}").read_text() for rank in "01"] == ["elsewhere of 1", "elsewhere of 1"]
+
+
+def test_tasks_of_srun_find_each_other_on_the_machine_of_the_first(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\n[ $3 = 'n[7-8]' ] && echo n7 && echo n8\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41234"}
+    for name, value in {**step, "SLURM_STEP_NODELIST": "n[7-8]", "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    wanted = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n7", "MASTER_PORT": "21234"}
+    for name in wanted:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    from_srun()
+    assert {name: os.environ[name] for name in wanted} == wanted
 
 
 # --- what the processes do
