@@ -107,6 +107,9 @@ def _state(step: Described, store: Store, entry: dict | None, queue: Mapping[str
     where = {"job": entry["job"], "log": entry["log"]} if entry else {}
     if job and job.alive:
         where |= {"node": job.node, "requeues": job.requeues}
+        if "held" in job.reason.lower() and job.reason != "JobHeldUser":  # such as launch failed requeued held
+            why = f"SLURM holds its job {job.id} ({job.reason}); `scontrol release {job.id}` starts it, or scancel it and run this again"
+            return State("failed", why, **where)
         if job.state == "PENDING":
             return State("waiting" if job.reason == "Dependency" else "queued", f"{job.reason}" if job.reason != "None" else "", **where)
         return running(step, store, where)

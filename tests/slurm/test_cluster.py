@@ -90,7 +90,11 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
     wait_until(lambda: list((tmp_path / "killed").glob("artifacts/student/.*/checkpoints/step-*/checkpoint.json")), "its checkpoint")
     os.kill(claim["pid"], signal.SIGKILL)
 
-    wait_until(lambda: scheduler.jobs()[entry["job"]].requeues, "the requeue after the preemption")
+    def again_on_its_node():
+        found = scheduler.jobs()[entry["job"]]
+        return found.requeues and found.state == "RUNNING"
+
+    wait_until(again_on_its_node, "the preempted step to run again")
     time.sleep(6)  # a controller that is killed forgets what happened in the last 5 s
     os.kill(int((cluster / "run/slurmctld.pid").read_text()), signal.SIGKILL)
     with pytest.raises(scheduler.Unreachable):
