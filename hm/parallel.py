@@ -12,6 +12,7 @@ import copy
 import math
 import os
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -133,7 +134,13 @@ def artifact(store: Store, kind: str, key: str, build: Callable[[Path], dict | N
 
     def announced(work: Path) -> dict | None:
         exchange(("build", work))
-        return build(work)
+        try:
+            return build(work)
+        except (UserError, Interrupted):
+            raise
+        except Exception as error:  # such as a lost claim: the others are deep in the build, and only their launcher ends them
+            traceback.print_exc()
+            raise SystemExit(f"{kind}/{key}: {error!r}; the other processes can't go on without this one") from error
 
     with telling():
         if rank() == 0:
