@@ -67,7 +67,8 @@ def from_srun() -> None:
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     hosts = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-    first = subprocess.run(hosts, check=True, capture_output=True, text=True).stdout.split()[0]
+    first, *others = subprocess.run(hosts, check=True, capture_output=True, text=True).stdout.split()
+    first = first if others else "127.0.0.1"  # a node's name need not be that of its host
     port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
     env |= {"RANK": env["SLURM_PROCID"], "LOCAL_RANK": env["SLURM_LOCALID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
             "MASTER_ADDR": first, "MASTER_PORT": str(port)}  # fmt: skip

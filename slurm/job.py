@@ -179,6 +179,8 @@ def run_in_job(values: dict[str, Any]) -> None:
     task = Task(**values)
     if env.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        if env.num_nodes == 1:
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # a node's name need not be that of its host
     os.environ |= {"HM_LOG": str(env.paths.stdout), "HM_COMMAND": task.command}
 
     from hm.errors import Interrupted
