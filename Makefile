@@ -15,7 +15,8 @@ DEMO ?=
 TEST ?=
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint clean
