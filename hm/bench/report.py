@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -65,10 +64,6 @@ def write(path: Path, kind: str, rows: Sequence[dict], **about: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     atomic_write(path, to_json(head | about | {"rows": plain}, indent=1) + "\n")
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def table(rows: Sequence[dict], columns: dict[str, Column]) -> str:
