@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from hm import parallel
 from hm.check import check, pick_device
-from hm.config import MIXERS, Settings, human
-from hm.convert import convert, parts_name, report, teacher_counts, trainable
+from hm.config import MIXERS, Settings, Stage1, human
+from hm.convert import convert, parts_name, report, teacher_counts, to_train
 from hm.data import Batches, DataSpec, TokenDataset, tokenize, validation_batches
 from hm.errors import Interrupted, UserError
 from hm.evaluate import summarise, token_losses
@@ -35,7 +35,7 @@ from hm.inputs import Inputs
 from hm.measure import enough_text, measure, wanted
 from hm.mixer import KINDS, Mixer
 from hm.modeling import StudentForCausalLM, load_student
-from hm.objectives import Align, FineTune
+from hm.objectives import STAGE1, Align, FineTune
 from hm.progress import progress_bar, say
 from hm.provenance import provenance
 from hm.record import write_record
@@ -90,9 +90,28 @@ class Cell:
         if self.stage1_steps == 0:
             return None
         s = self.s
-        kept = s.keep_attention if s.stage1.feed == "student" else None
-        return content_key({"step": "stage1", **self.base_key, "stage": recipe_of(s.stage1), "steps": self.stage1_steps,
-                            "feature_map": vars(s.feature_map), "keep_attention": kept})  # fmt: skip
+        what: dict[str, Any] = {"step": "stage1", **self.base_key, "stage": recipe_of(s.stage1), "steps": self.stage1_steps,
+                                "feature_map": vars(s.feature_map), "keep_attention": self.kept_in_stage1}  # fmt: skip
+        if s.stage1.train == "mixer":
+            what |= self.mixer_key
+        return content_key(what)
+
+    @property
+    def kept_in_stage1(self) -> Any:
+        """Layers that stage 1 leaves out: where the teacher feeds the feature maps, what other students keep is trained
+        as well, so that they share it."""
+        return self.s.keep_attention if self.s.stage1.feed == "student" or self.s.stage1.train == "mixer" else None
+
+    @property
+    def mixer_key(self) -> dict[str, Any]:
+        """What makes the mixer, apart from its feature maps."""
+        s = self.s
+        what: dict[str, Any] = {"ssm": s.ssm, "conv": s.conv, "gate": s.gate}
+        if s.mixer == "mamba":
+            what |= {"mixer": s.mixer, "mamba": vars(s.mamba)}
+        elif KINDS[s.mixer] is not Mixer:  # a name of a plain one says no more than its parts
+            what["mixer"] = s.mixer
+        return what if s.decay == "head" else what | {"decay": s.decay}
 
     @cached_property
     def student_key(self) -> str | None:
@@ -102,14 +121,8 @@ class Cell:
         what: dict[str, Any] = {"step": "student", **self.base_key, "recipe": s.recipe, "stage": recipe_of(s.stage2),
                                 "steps": self.stage2_steps, "first_block": self.first_block}  # fmt: skip
         if self.is_student:
-            what |= {"mixer": s.mixer, "ssm": s.ssm, "conv": s.conv, "gate": s.gate, "feature_map": vars(s.feature_map),
-                     "keep_attention": s.keep_attention, "stage1": self.stage1_key}  # fmt: skip
-            if s.mixer == "mamba":
-                what["mamba"] = vars(s.mamba)
-            elif KINDS[s.mixer] is Mixer:  # its name says no more than its parts
-                del what["mixer"]
-            if s.decay != "head":
-                what["decay"] = s.decay
+            what |= self.mixer_key | {"feature_map": vars(s.feature_map), "keep_attention": s.keep_attention,
+                                      "stage1": self.stage1_key}  # fmt: skip
         return content_key(what)
 
     @cached_property
@@ -201,14 +214,15 @@ class Cell:
         return model.to(device=self.device)  # type: ignore[call-arg]
 
     def fresh_student(self, teacher: PreTrainedModel, stage1: bool = False) -> StudentForCausalLM:
-        """A converted student; stage1: the plain Hedgehog student whose feature maps stage 1 learns."""
+        """A converted student; stage1: as stage 1 trains it, which for feature maps alone is a plain Hedgehog student."""
         s = self.s
-        kept = s.keep_attention if not stage1 or s.stage1.feed == "student" else None
-        parts = {"ssm": False, "conv": False, "gate": False} if stage1 else {"ssm": s.ssm, "conv": s.conv, "gate": s.gate}
+        plain = stage1 and s.stage1.train == "maps"
+        kept = self.kept_in_stage1 if stage1 else s.keep_attention
+        parts = {"ssm": False, "conv": False, "gate": False} if plain else {"ssm": s.ssm, "conv": s.conv, "gate": s.gate}
         if s.mixer == "mamba":
             return convert(teacher, "mamba", keep_attention=kept, copy_projections=s.mamba.copy_projections, scan=s.scan, seed=s.seed)
-        return convert(teacher, "hedgehog" if stage1 else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
-                       decay="head" if stage1 else s.decay, scan=s.scan, seed=s.seed)
+        return convert(teacher, "hedgehog" if plain else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
+                       decay="head" if plain else s.decay, scan=s.scan, seed=s.seed)
 
     @contextmanager
     def watched(self, name: str, work: Path, key: str, steps: int, stage: Any) -> Iterator[Run]:
@@ -227,7 +241,7 @@ class Cell:
             yield dataclasses.replace(run, stop=watch)
 
     def stage1(self, teacher: PreTrainedModel | None = None) -> Path | None:
-        """The artifact with the feature maps that stage 1 learns; None without a stage 1."""
+        """The artifact with what stage 1 learns, the feature maps or whole mixers; None without a stage 1."""
         if self.stage1_key is None:
             return None
         key, s = self.stage1_key, self.s
@@ -235,35 +249,38 @@ class Cell:
         def build(work: Path) -> dict:
             source = teacher or self.teacher()
             student = self.fresh_student(source, stage1=True)
-            objective = Align(source, student, s.stage1.feed)
+            objective = Align(source, student, s.stage1.feed, s.stage1.train, s.stage1.loss)
             batches = Batches(self.train_tokens, s.seq_len, s.stage1.batch_size, s.seed)
             with self.watched("stage 1", work, key, self.stage1_steps, s.stage1) as run:
                 result = train(objective, batches.batch, self.stage1_steps, s.stage1, run)
             if parallel.rank() > 0:
                 return result
-            maps = {n: p.detach().cpu().contiguous() for n, p in trainable(student, "stage1")}
+            learnt = {n: p.detach().cpu().contiguous() for n, p in to_train(student, STAGE1[s.stage1.train])}
             with weight_errors():
-                save_file(maps, work / "feature_maps.safetensors")
+                save_file(learnt, work / self.stage1_file)
             shutil.rmtree(work / "checkpoints", ignore_errors=True)
             return result
 
         return parallel.artifact(self.store, "stage1", key, build, self.described())
 
+    @property
+    def stage1_file(self) -> str:
+        return "feature_maps.safetensors" if self.s.stage1.train == "maps" else "mixers.safetensors"
+
     def converted(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        """What stage 2 starts from: the student with stage 1's feature maps, or a teacher to be adapted."""
+        """What stage 2 starts from: the student with what stage 1 learnt, or a teacher to be adapted."""
         if not self.is_student:
             return teacher
-        student = self.fresh_student(teacher)
+        s, student = self.s, self.fresh_student(teacher)
         folder = self.stage1(teacher)
         if folder is not None:
-            maps = load_file(folder / "feature_maps.safetensors", device=str(self.device))
+            learnt = load_file(folder / self.stage1_file, device=str(self.device))
             kept = student.config.keep_attention
-            wanted = {n for n, _ in trainable(student, "stage1")}
-            maps = {n: t for n, t in maps.items() if not any(f".layers.{i}." in n for i in kept)}
-            if set(maps) != wanted:
-                raise UserError(f"{folder} holds other feature maps than this student has; delete the folder and run again.")
-            student.load_state_dict(maps, strict=False)
-            trainable(student, "stage2")
+            expected = {n for n, _ in to_train(student, STAGE1[s.stage1.train])}
+            learnt = {n: t for n, t in learnt.items() if not any(f".layers.{i}." in n for i in kept)}
+            if set(learnt) != expected:
+                raise UserError(f"{folder} holds other parameters than this student has; delete the folder and run again.")
+            student.load_state_dict(learnt, strict=False)
         return student
 
     def student(self) -> Path:
@@ -394,8 +411,11 @@ class Cell:
 
 
 def recipe_of(stage: Any) -> dict:
-    """A stage's settings that determine its result (how a batch is cut up for memory does not)."""
-    return {k: v for k, v in dataclasses.asdict(stage).items() if k != "micro_batch"}
+    """A stage's settings that determine its result (how a batch is cut up for memory does not). What came after the
+    first records is left out at its default, so that their keys stay."""
+    later = {"train": "maps", "loss": "cosine"} if isinstance(stage, Stage1) else {}
+    given = dataclasses.asdict(stage)
+    return {k: v for k, v in given.items() if k != "micro_batch" and not (k in later and v == later[k])}
 
 
 def adapted_counts(model: PreTrainedModel) -> dict:

@@ -33,6 +33,8 @@ RECIPES = ("two_stage", "one_step", "teacher", "adapted_teacher")
 TRACKERS = ("tensorboard", "wandb")
 PARALLEL = ("auto", "ddp", "fsdp")
 LOSSES = ("ce", "kl", "ce+kl")
+TRAINED = ("maps", "mixer")
+ALIGNMENTS = ("cosine", "mse")
 DECAYS = ("head", "channel")
 SCANS = ("auto", "fused", "ssd", "selective_scan", "chunked", "recurrent", "naive")
 LIMITS: dict[str, tuple[float, float]] = {
@@ -80,11 +82,13 @@ class Stage:
 
 @dataclass
 class Stage1(Stage):
-    lr: float = setting(1e-2, "peak learning rate of the feature maps", "3e-3")
+    lr: float = setting(1e-2, "peak learning rate: of the feature maps, or with train=mixer of what is copied", "3e-3")
     weight_decay: float = setting(0.0, "AdamW weight decay, on matrices only", "0.1")
     feed: str = setting(
         "teacher", "whose hidden states the student's layers see", "student", ("teacher", "student")
     )
+    train: str = setting("maps", "what learns: the feature maps (the paper's), or the whole mixer with every part", "mixer", TRAINED)
+    loss: str = setting("cosine", "1 - cos to attention's output (the paper's), or its relative squared error", "mse", ALIGNMENTS)
 
 
 @dataclass

@@ -113,8 +113,9 @@ def part_of(student: StudentForCausalLM, name: str) -> str:
     attention = student.adapter.attention_name
     if attention not in pieces:
         return "backbone"
-    leaf = pieces[pieces.index(attention) + 1]
-    return table.get(leaf, "attention")
+    at = pieces.index(attention)
+    kept = int(pieces[at - 1]) in student.config.keep_attention
+    return "attention" if kept else table.get(pieces[at + 1], "attention")
 
 
 def embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
@@ -134,12 +135,15 @@ def trainable(model: PreTrainedModel, stage: str) -> list[tuple[str, nn.Paramete
 
 
 def to_train(model: PreTrainedModel, stage: str) -> list[tuple[str, nn.Parameter]]:
-    """stage1: the feature maps. stage2 (also the one-step and the adapted-teacher recipe): all but the embeddings."""
+    """stage1: the feature maps. mixers: all of the mixers. stage2 (also the one-step and the adapted-teacher recipe):
+    all but the embeddings."""
     if stage == "stage2":
         frozen = {n for n, _ in embeddings(model)}
         return [(n, p) for n, p in model.named_parameters() if n not in frozen]
     if not isinstance(model, StudentForCausalLM):
         return []
+    if stage == "mixers":
+        return [(n, p) for n, p in model.named_parameters() if part_of(model, n) not in ("embeddings", "backbone", "attention")]
     return [(n, p) for n, p in model.named_parameters() if part_of(model, n) == "feature map"]
 
 

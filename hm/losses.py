@@ -26,6 +26,13 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """|student - teacher|^2 / |teacher|^2 over the last dimension, mean over tokens: it sees the magnitude as well as the
+    direction, and is 1 for a student that says nothing. Both (B, L, D) -> scalar float32."""
+    student, teacher = student.float(), teacher.float()
+    return ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean()
+
+
 class NextToken(NamedTuple):
     """Scalars in nats, float32: the loss, and its two parts without their graph."""
 

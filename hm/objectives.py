@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hm.adapters import AttentionRecord, adapter_for, capture_attention
 from hm.compile import compiled, regions, unmasked
 from hm.convert import is_new, trainable
-from hm.losses import NextToken, cosine_loss, next_token_loss
+from hm.losses import NextToken, cosine_loss, next_token_loss, relative_error
 from hm.mixer import BaseMixer, SelectiveDecay
 from hm.modeling import StudentForCausalLM
 
@@ -120,8 +120,16 @@ class Objective(ABC):
         return found[0] if found else "every layer's output is finite, so it comes from the loss or the gradients"
 
 
+DISTANCES = {"cosine": cosine_loss, "mse": relative_error}
+STAGE1 = {"maps": "stage1", "mixer": "mixers"}
+"""What `hm.convert.to_train` calls that which stage1.train names."""
+
+
 class Align(Objective):
-    """Stage 1: 1 - cos(student's mixer output, teacher's attention output), mean over tokens and layers.
+    """Stage 1: how far the student's mixers' outputs are from the teacher's attention's, mean over tokens and layers.
+
+    loss: "cosine", 1 - cos, or "mse", the squared error over the target's square. train: "maps" for the feature maps,
+    or "mixer" for all of a mixer: its copied projections and every part.
 
     feed="teacher": each mixer sees the teacher's hidden state at its depth; one teacher pass, then gradients of one
     layer at a time. feed="student": it sees the student's own running hidden state; one backward through all layers.
@@ -130,10 +138,11 @@ class Align(Objective):
     flags = "stage1."
     teacher: PreTrainedModel
 
-    def __init__(self, teacher: PreTrainedModel, student: StudentForCausalLM, feed: str = "teacher"):
-        self.teacher, self.feed = teacher.eval(), feed
+    def __init__(self, teacher: PreTrainedModel, student: StudentForCausalLM, feed: str = "teacher", train: str = "maps",
+                 loss: str = "cosine"):  # fmt: skip
+        self.teacher, self.feed, self.distance = teacher.eval(), feed, DISTANCES[loss]
         self.model = self.student = student
-        self.parameters = [(n, p, True) for n, p in trainable(student, "stage1")]
+        self.parameters = [(n, p, is_new(student, n)) for n, p in trainable(student, STAGE1[train])]
 
     def regions(self) -> list[nn.Module]:
         """Parts of layers and not layers, so that what looks at attention and mixers stays outside."""
@@ -153,7 +162,7 @@ class Align(Objective):
         if self.feed == "teacher":
             losses, align = [], compiled_alignment() if self.compiled else alignment
             for mixer, seen in zip(mixers, targets, strict=True):
-                loss = align(mixer, seen)
+                loss = align(mixer, seen, self.distance)
                 (loss * (scale / len(mixers))).backward()
                 losses.append(loss.detach())
         else:
@@ -164,7 +173,7 @@ class Align(Objective):
             finally:
                 for handle in handles:
                     handle.remove()
-            parts = [cosine_loss(y, seen.output) for y, seen in zip(outputs, targets, strict=True)]
+            parts = [self.distance(y, seen.output) for y, seen in zip(outputs, targets, strict=True)]
             (torch.stack(parts).mean() * scale).backward()
             losses = [p.detach() for p in parts]
         by_layer = {f"layer.{m.layer_idx}": loss for m, loss in zip(mixers, losses, strict=True)}
@@ -175,10 +184,10 @@ class Align(Objective):
         return f"the alignment loss of layer {bad[0]} is the first that is not finite" if bad else "no layer stands out"
 
 
-def alignment(mixer: BaseMixer, seen: AttentionRecord) -> Tensor:
-    """1 - cos of what a mixer makes of attention's input and what attention made of it: a scalar."""
+def alignment(mixer: BaseMixer, seen: AttentionRecord, distance: Callable) -> Tensor:
+    """The distance of what a mixer makes of attention's input to what attention made of it: a scalar."""
     y, _ = mixer(seen.hidden, position_embeddings=seen.position_embeddings)
-    return cosine_loss(y, seen.output)
+    return distance(y, seen.output)
 
 
 @cache

@@ -33,12 +33,12 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a teacher and of its student: in all, in the embeddings, in one student's feature maps."""
+    """Parameters of a teacher, of its embeddings, of its student, and of what stage 1 learns."""
 
     teacher: int
     embeddings: int
     student: int
-    maps: int
+    stage1: int
 
 
 class Estimator:
@@ -64,7 +64,7 @@ class Estimator:
     def sizes(self, cell: Cell) -> Sizes:
         """Counted without weights: the teacher is built on PyTorch's meta device, and one mixer in place of each attention."""
         s = cell.s
-        name = repr((s.teacher, s.mixer, s.ssm, s.conv, s.gate, s.feature_map, s.keep_attention))
+        name = repr((s.teacher, s.mixer, s.ssm, s.conv, s.gate, s.feature_map, s.keep_attention, s.stage1.train))
         if name not in self._sizes:
             config = cell.inputs.config(s.teacher)
             adapter = adapter_for(config)
@@ -76,9 +76,9 @@ class Estimator:
             layers = config.num_hidden_layers - len(kept_layers(s.keep_attention, config.num_hidden_layers))
             counts = teacher_counts(teacher)
             replaced = parameters(adapter.attention(adapter.layers(teacher)[0]))
-            maps = sum(parameters(m) for n, m in mixer.named_children() if mixer.PARTS.get(n) == "feature map")
+            learnt = [mixer] if s.stage1.train == "mixer" else [m for n, m in mixer.named_children() if mixer.PARTS.get(n) == "feature map"]
             student = counts["total"] + layers * (parameters(mixer) - replaced)
-            self._sizes[name] = Sizes(counts["total"], counts["by_part"]["embeddings"], student, layers * maps)
+            self._sizes[name] = Sizes(counts["total"], counts["by_part"]["embeddings"], student, layers * sum(map(parameters, learnt)))
         return self._sizes[name]
 
     def flops(self, cell: Cell, kind: str) -> float:
@@ -87,7 +87,7 @@ class Estimator:
             return 0.0
         s, n = cell.s, self.sizes(cell)
         if kind == "stage1":
-            return tokens_of(cell, kind) * (6.0 * n.maps + 2.0 * n.teacher)
+            return tokens_of(cell, kind) * (6.0 * n.stage1 + 2.0 * n.teacher)
         if kind == "eval":
             models = [n.teacher] if not cell.is_student else [n.student, n.student]  # a student also at its start
             return (s.eval.sequences or 1000) * s.seq_len * 2.0 * sum(models)
@@ -122,13 +122,13 @@ class Estimator:
             width = 2 if cell.inputs.config(cell.s.teacher).vocab_size <= 1 << 16 else 4
             return width * sum(text_tokens(part.strip()) for part in cell.s.data.split(" + "))
         n = self.sizes(cell)
-        sizes = {"stage1": n.maps, "student": n.student if cell.is_student else n.teacher}
+        sizes = {"stage1": n.stage1, "student": n.student if cell.is_student else n.teacher}
         return FP32 * sizes.get(kind, 0)
 
     def checkpoint_bytes(self, cell: Cell, kind: str) -> float:
         """What a step takes while it runs: two checkpoints of what is trained, with both of AdamW's moments."""
         n = self.sizes(cell)
-        trained = {"stage1": n.maps, "student": (n.student if cell.is_student else n.teacher) - n.embeddings}
+        trained = {"stage1": n.stage1, "student": (n.student if cell.is_student else n.teacher) - n.embeddings}
         return 2 * 3 * FP32 * trained.get(kind, 0)
 
 

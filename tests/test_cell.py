@@ -645,3 +645,16 @@ def test_a_tokenizer_with_more_entries_than_the_teachers_embedding_is_refused(
         cell(teacher=str(folder)).run()
     assert trained.names == []
     assert found(tmp_path) == ([], set())
+
+
+def test_stage_1_of_the_whole_mixer_is_an_artifact_of_its_own_that_stage_2_starts_from(cell):
+    whole = {"stage1__train": "mixer", "stage1__loss": "mse", "stage1__lr": 1e-3, "stage1__lr_new": 1e-2}
+    made = cell(**TWO_STAGE, **whole)
+    assert made.stage1_key != cell(**TWO_STAGE, **whole, gate=False).stage1_key  # another mixer, another stage 1
+    assert cell(**TWO_STAGE).stage1_key == cell(**TWO_STAGE, gate=False).stage1_key  # feature maps are shared
+    record = made.run()
+    learnt = load_file(made.store.path("stage1", made.stage1_key) / "mixers.safetensors")
+    assert {n.split(".")[-2] for n in learnt} >= {"qkv_proj", "o_proj", "phi_q", "phi_k", "proj", "up", "down"}
+    started = made.converted(made.teacher()).state_dict()
+    assert all(torch.equal(started[n], t) for n, t in learnt.items())
+    assert record["metrics"]["ppl_start"] != cell(**TWO_STAGE).run()["metrics"]["ppl_start"]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hm.adapters import adapter_for
 from hm.convert import convert, is_new
+from hm.losses import cosine_loss, relative_error
 from hm.objectives import Align, FineTune
 
 
@@ -275,3 +276,27 @@ def test_alignment_names_the_first_layer_whose_loss_is_not_finite(make_teacher, 
 def test_a_finite_model_is_not_blamed(make_teacher, ids):
     student = convert(make_teacher("neox"))
     assert "every layer's output is finite" in FineTune(student).suspect([ids(1, 9)], {})
+
+
+@pytest.mark.parametrize("feed", ["teacher", "student"])
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_stage_1_of_the_whole_mixer_trains_every_part_of_it_and_nothing_else(kind, feed, loss, make_teacher, randomize, ids):
+    teacher = make_teacher(kind, num_hidden_layers=3)
+    student = randomize(convert(teacher, "hedgemamba", keep_attention=[1]))
+    objective = Align(teacher, student, feed, "mixer", loss)
+    named = {n for n, _, _ in objective.parameters}
+    assert named == {n for n, _ in student.named_parameters() if any(f".layers.{i}." in n for i in (0, 2)) and ".mlp." not in n and "norm" not in n}
+    assert {n for n, _, new in objective.parameters if not new} == {n for n in named if "_proj" in n and ".gate." not in n}
+    objective.backward(ids(2, 21), 1.0)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p, _ in objective.parameters)
+
+
+def test_relative_error_sees_the_magnitude_that_the_cosine_does_not():
+    torch.manual_seed(0)
+    target, half = torch.randn(2, 3, 8), torch.tensor(0.5)
+    assert cosine_loss(target * half, target).item() == pytest.approx(0.0, abs=1e-6)
+    assert relative_error(target * half, target).item() == pytest.approx(0.25)
+    assert relative_error(torch.zeros_like(target), target).item() == pytest.approx(1.0)
+    y = torch.randn(2, 3, 8)
+    by_token = [(a - b).square().sum() / b.square().sum() for a, b in zip(y.flatten(0, 1), target.flatten(0, 1), strict=True)]
+    assert relative_error(y, target).item() == pytest.approx(torch.stack(by_token).mean().item())
