@@ -28,14 +28,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hm.config import GROUPS, Settings, check_names, from_dict, help_text
+from hm.config import GROUPS, Settings, check_choice, check_names, from_dict, help_text
 from hm.errors import UserError
 from hm.store import Store
 
 ROOT = Path(__file__).parent
 CONFIGS = ROOT / "sweeps"
 SWEEP_KEYS = ("row", "rows", "runs", "plan", "resources")
-CHOICES = ("scale", "study")
+CHOICES = ("scale", "study", "recipe")
 
 
 @dataclass
@@ -85,10 +85,29 @@ def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
             deciding = [r for r, own_settings in rows.items() if name in own_settings]
             if name in names and len(deciding) > 1:
                 raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
-        groups = {g: plain.pop(g) for g in GROUPS if isinstance(plain[g], dict)}
-        flat = {f"{g}.{k}": v for g, values in groups.items() for k, v in values.items()}
-        plain = plain | flat | rows[row]
+        own = dict(rows[row])
+        if "recipe" in own:  # a row may name a file of sweeps/recipe/, as the command line may
+            own = {k: v for k, v in recipe_settings(own.pop("recipe")).items() if k not in names} | own
+        plain = flattened(plain) | own
     return from_dict(plain)
+
+
+def flattened(plain: dict[str, Any]) -> dict[str, Any]:
+    """Groups of settings by their full names: {"stage2": {"lr": ...}} as {"stage2.lr": ...}."""
+    groups = {g: values for g, values in plain.items() if g in GROUPS and isinstance(values, dict)}
+    flat = {f"{g}.{k}": v for g, values in groups.items() for k, v in values.items()}
+    return {k: v for k, v in plain.items() if k not in groups} | flat
+
+
+def recipe_settings(name: str) -> dict[str, Any]:
+    """What the file of a recipe sets.
+
+    Raises:
+        UserError: a recipe without a file.
+    """
+    known = sorted(p.stem for p in (CONFIGS / "recipe").glob("*.yaml"))
+    check_choice("recipe", name, known)
+    return flattened(OmegaConf.to_container(OmegaConf.load(CONFIGS / "recipe" / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
 def check_typed(arguments: list[str]) -> None:
@@ -97,7 +116,7 @@ def check_typed(arguments: list[str]) -> None:
     Hydra would answer with a traceback.
 
     Raises:
-        UserError: a name, a study, a scale or a folder that is not there or can't be written.
+        UserError: a name, a study, a scale, a recipe or a folder that is not there or can't be written.
     """
     args = get_args(arguments)
     folders = [CONFIGS]
@@ -125,7 +144,7 @@ def check_typed(arguments: list[str]) -> None:
 
 
 def check_choices(argument: str, key: str, known: list[str]) -> None:
-    """Refuse a scale or study that has no file, and a study that Hydra would not run as a sweep over its rows."""
+    """Refuse a scale, recipe or study that has no file, and a study that Hydra would not run as a sweep over its rows."""
     typed = argument.split("=", 1)[1]
     for value in typed.split(","):
         if value not in known:
@@ -194,8 +213,8 @@ def leave(error: UserError) -> NoReturn:
 def show_help() -> None:
     print(__doc__)
     studies = ", ".join(sorted(p.stem for p in (CONFIGS / "study").glob("*.yaml")))
-    scales = ", ".join(sorted(p.stem for p in (CONFIGS / "scale").glob("*.yaml")))
-    print(f"Studies (+study=): {studies}\nScales (scale=): {scales}\nresults are kept under runs= or HM_RUNS (default: runs)\n\nSettings:")
+    scales, recipes = (", ".join(sorted(p.stem for p in (CONFIGS / kind).glob("*.yaml"))) for kind in ("scale", "recipe"))
+    print(f"Studies (+study=): {studies}\nScales (scale=): {scales}\nRecipes (recipe=): {recipes}\nresults are kept under runs= or HM_RUNS (default: runs)\n\nSettings:")
     print(help_text())
     print(f"\nThe default scale sets:\n{(CONFIGS / 'scale' / 'tiny.yaml').read_text().partition('scale: tiny')[2]}")
     print("\n  --hydra-help lists Hydra's own flags; --cfg job prints the composed settings.")

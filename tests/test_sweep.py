@@ -396,3 +396,38 @@ def test_every_row_of_every_study_resolves_at_the_smallest_and_the_largest_scale
         assert (settings.study, settings.row, settings.scale) == (study, row, scale)
         seen.add(json.dumps({**vars(settings), "row": None}, default=vars, sort_keys=True))
     assert len(seen) == len(rows), "no two rows are the same cell"
+
+
+RECIPES = sorted(p.stem for p in (ROOT / "sweeps/recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_the_same_on_the_command_line_and_in_a_row(here, recipe):
+    import sweep as entry
+
+    typed, _ = resolved(f"recipe={recipe}")
+    _, config = resolved()
+    plain = entry.plain_of(config) | {"rows": {"one": {"recipe": recipe}}, "row": "one"}
+    named = entry.settings_of(plain, []).resolve()
+    assert {**vars(named), "row": None} == vars(typed)
+
+
+def test_what_is_typed_or_stands_in_a_row_comes_before_the_recipe_of_that_row(here):
+    given = ("+study=recipes", "row='hedgehog'")
+    settings, _ = resolved(*given)
+    assert (settings.stage1.train, settings.stage1.loss, settings.mixer) == ("mixer", "mse", "hedgehog")
+    assert settings.stage2.lr == resolved("recipe=aligned")[0].stage2.lr
+    assert resolved(*given, "stage2.lr=7e-4")[0].stage2.lr == 7e-4
+    assert resolved(*given, "stage1_tokens=20%")[0].stage1_tokens == 0.2 * settings.budget
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest_also_in_a_row(sweep, small, tmp_path):
+    found = sweep("recipe=alinged", *small)
+    assert (found.status, len(found.lines)) == (2, 1)
+    assert "did you mean recipe=aligned?" in found.lines[0]
+    folder = tmp_path / "own"
+    (folder / "study").mkdir(parents=True)
+    (folder / "study" / "mine.yaml").write_text(MINE.replace("{recipe: teacher}", "{recipe: tescher}"))
+    found = sweep("--config-dir", str(folder), "-m", "+study=mine", *small)
+    assert (found.status, len(found.lines)) == (2, 1)
+    assert "did you mean recipe=teacher?" in found.lines[0]
