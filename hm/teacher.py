@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from hm.adapters import check_config, max_seq_len, supported
 from hm.errors import UserError
+from hm.unpacked import unpacked
 
 __all__ = ["check_config", "fingerprint", "load_config", "load_teacher", "load_tokenizer", "max_seq_len"]
 
@@ -58,12 +59,17 @@ def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
     Raises:
         UserError: it can't be found or read, `check_config` refuses it, or weights are missing from it.
     """
+    config = load_config(name)
+    source = _unpacked(_locate(name, "model"), "model")
+    return _load_model(source, config, dtype)
+
+
+def _load_model(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import GgufConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = load_config(name)
-    source = _locate(name, "model")
+    name = source.name
     where: dict[str, Any] = {"use_safetensors": True}
     if source.gguf:
         where = {"gguf_file": str(source.gguf), "quantization_config": GgufConfig(dequantize=True)}
@@ -91,9 +97,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is none, it needs code from outside, or it has no end-of-text token.
     """
+    return _load_tokenizer(_unpacked(_locate(name, "tokenizer"), "tokenizer"))
+
+
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    source = _locate(name, "tokenizer")
+    name = source.name
     where = {"gguf_file": str(source.gguf)} if source.gguf else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -118,7 +128,7 @@ def load_config(name: str) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    source = _locate(name, "config")
+    source = _unpacked(_locate(name, "config"), "config")
     raw = copy.deepcopy(_gguf_config(*_stamp(source.gguf))) if source.gguf else _json_config(source)
     values = {key: value for key, value in raw.items() if key not in _NOT_FROM_OUTSIDE}
     kind = str(values.get("model_type"))
@@ -193,6 +203,24 @@ def _gguf_source(name: str, path: Path) -> Source:
     if importlib.util.find_spec("gguf") is None:
         raise _error(name, "a GGUF file needs the package gguf; run `pip install 'hedgemamba[gguf]'`")
     return Source(name, path.parent, path)
+
+
+def _unpacked(source: Source, part: Part) -> Source:
+    """A GGUF file's part as the folder that it was unpacked into, if there is a cache; other teachers as they are."""
+    if source.gguf is None:
+        return source
+    file = _stamp(source.gguf)
+
+    def make(folder: Path) -> None:
+        if part == "config":
+            (folder / "config.json").write_text(json.dumps(_gguf_config(*file)))
+        elif part == "tokenizer":
+            _load_tokenizer(source).save_pretrained(folder)
+        else:
+            _load_model(source, load_config(source.name), torch.float32).save_pretrained(folder)
+
+    folder = unpacked(_sha256(*file), part, make)
+    return source if folder is None else Source(source.name, folder)
 
 
 def _hub_folder(name: str, part: Part) -> Path:

@@ -136,6 +136,7 @@ class PlanLauncher(Launcher):
 
     def cells(self, job_overrides: Sequence[Sequence[str]], inputs: Inputs) -> Iterator[tuple[str, Cell, dict]]:
         """(full name, cell, resources of its scale) of every cell, checked."""
+        from hm.cache import use_cache
         from hm.cell import Cell
         from hm.store import Store
         from sweep import settings_of, store_folder
@@ -143,6 +144,8 @@ class PlanLauncher(Launcher):
         composer = Composer(self.hydra_context.config_loader, self.config)
         store = Store(store_folder(self.config.runs))
         self.store_root = store.root
+        if not self.config.plan:
+            use_cache(store.root)
         counts = Counter(o for overrides in job_overrides for o in overrides)
         for overrides in job_overrides:
             values = composer.plain(overrides)

@@ -59,7 +59,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.delenv("HM_RUNS", raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    for name in ("TRITON_CACHE_AUTOTUNING", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+    for name in ("TRITON_CACHE_AUTOTUNING", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HM_CACHE"):
         monkeypatch.setenv(name, "")  # so that what sweep.py sets is put back
         monkeypatch.delenv(name)
     return folder

@@ -429,3 +429,22 @@ def test_smollm2_from_its_gguf_can_be_saved_and_loaded_again(smollm2, tmp_path):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in smollm2.state_dict().items())
     assert again.lm_head.weight is again.get_input_embeddings().weight
     assert fingerprint("smollm2") != fingerprint(str(tmp_path))
+
+
+@needs_smollm2
+def test_a_gguf_unpacked_into_the_cache_is_the_same_teacher_and_is_read_from_there(smollm2, tmp_path, monkeypatch):
+    def content():
+        model, tokenizer = load_teacher("smollm2"), load_tokenizer("smollm2")
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return (model.state_dict(), str(model.config), str(model.generation_config), str(load_config("smollm2")),
+                tokenizer.backend_tokenizer.to_str(), ends, fingerprint("smollm2"))  # fmt: skip
+
+    weights, *others = content()
+    monkeypatch.setenv("HM_CACHE", str(tmp_path))
+    made = content()
+    assert {p.parent.name for p in tmp_path.rglob("*.json")} == {"config", "tokenizer", "model"}
+    assert not list(tmp_path.rglob(".*")), "nothing half-made is left"
+    monkeypatch.setattr("hm.teacher._gguf_config", lambda *stamp: pytest.fail("the GGUF file was read again"))
+    for again in (made, content()):
+        assert again[1:] == tuple(others)
+        assert all(torch.equal(value, again[0][name]) for name, value in weights.items())
