@@ -14,6 +14,7 @@ over --bandwidth.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,7 +162,7 @@ def measure_decode(model: PreTrainedModel, batch: int, context: int, steps: int,
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of several runs after one that warms up."""
+    """The median of several runs after one that warms up."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -174,7 +175,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     times = [once()]
     while sum(times) < LEAST_SECONDS:
         times.append(once())
-    return min(times)
+    return statistics.median(times)
 
 
 def line(row: dict[str, Any]) -> str:
