@@ -158,7 +158,7 @@ def make(options: argparse.Namespace) -> None:
     benches, _ = load_bench(options.bench or Path(options.out) / "bench")
     wanted: list[tuple[Plot, Path, str]] = []
     for study in command.chosen(frame, options.study, options.runs):
-        plots, missing = all_plots(records_of(frame[frame["study"] == study]), options.runs)
+        plots, missing = all_plots(records_of(frame[frame["study"] == study]))
         folder = Path(options.out) / command.folder_name(study) / "plots"
         wanted += [(plot, folder / name, options.out) for plot, name in zip(plots, file_names(plots), strict=True)]
         command.say("\n".join(f"{study}: {line}" for line in missing), sys.stderr)
