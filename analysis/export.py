@@ -11,17 +11,14 @@ import pandas as pd
 from analysis.command import folder_name, write_file
 from analysis.formats import csv_text
 
-LOG_LINES = 200
-"""Of a cell's metrics.jsonl, as many lines of each stage are kept: enough for a curve, small enough to commit."""
-
 
 def write_flat(frame: pd.DataFrame, study: str, out: str | Path) -> list[Path]:
     """<out>/<study>/records.{parquet,csv}: a row for each cell, with every setting and metric under its dotted name.
 
-    Without the path, so that the bytes don't depend on where the records lie. Lists are JSON text, as are columns whose values are of several kinds. In CSV, a text that a spreadsheet would take
-    for a formula gets an apostrophe before it.
+    Without the curves, and without the path, so that the bytes don't depend on where the records lie. Lists are JSON text, as are
+    columns whose values are of several kinds. In CSV, a text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
-    own = frame[frame["study"] == study].drop(columns="path").dropna(axis="columns", how="all")
+    own = frame[frame["study"] == study].drop(columns=["path", "curves"], errors="ignore").dropna(axis="columns", how="all")
     flat = pd.DataFrame({name: _plain(own[name]) for name in sorted(own.columns)}).reset_index(drop=True)
     flat.attrs = {}
     columns = [c for c in ("study", "cell", "row", "key") if c in flat]
@@ -49,8 +46,8 @@ def _plain(column: pd.Series) -> pd.Series:
 def keep_records(runs: str | Path, frame: pd.DataFrame, study: str, out: str | Path) -> None:
     """Copy a study's records to <out>/<study>/records/, so that its numbers stay with its tables.
 
-    With each go its losses.json (per validation sequence) and a thinned metrics.jsonl, where they are. Records that
-    already lie below `out` are left where they are.
+    With each goes its losses.json (per validation sequence), where there is one. Records that already lie below `out` are
+    left where they are.
     """
     for name in frame.loc[frame["study"] == study, "path"]:
         source = (Path(runs) / name).parent
@@ -60,22 +57,3 @@ def keep_records(runs: str | Path, frame: pd.DataFrame, study: str, out: str | P
         write_file(folder / "record.json", (source / "record.json").read_bytes(), out)
         if (source / "losses.json").is_file():
             write_file(folder / "losses.json", (source / "losses.json").read_bytes(), out)
-        if (source / "metrics.jsonl").is_file():
-            write_file(folder / "metrics.jsonl", thinned((source / "metrics.jsonl").read_bytes()), out)
-
-
-def thinned(log: bytes, lines: int = LOG_LINES) -> bytes:
-    """At most `lines` lines of each stage, evenly spaced, the last among them."""
-    stages: dict[str, list[bytes]] = {}
-    for line in log.splitlines(keepends=True):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            stages.setdefault(str(value.get("stage")), []).append(line)
-    kept = []
-    for of_stage in stages.values():
-        step = max(1, -(-len(of_stage) // lines))
-        kept += [line for i, line in enumerate(of_stage) if (len(of_stage) - 1 - i) % step == 0]
-    return b"".join(kept)

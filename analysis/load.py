@@ -25,10 +25,11 @@ def load_records(path: str | Path) -> pd.DataFrame:
     and what lies deeper under dotted names: settings.mixer, settings.stage2.lr, metrics.ppl.value,
     metrics.ppl.stderr, params.total, tokens.stage1, timing.*, provenance.git_commit. Units are the record's:
     accuracies in percent, tokens and parameters as counts, times in seconds. What is missing is NaN or None.
+    The column curves, of the losses while training, holds an object: {"stage1", "student"} -> name -> list.
 
     `frame.attrs["problems"]` lists (file relative to `path`, reason) for each record that was left out:
     unreadable, truncated, of another schema, unfinished, or with a number that isn't finite. If none is
-    usable the frame is empty. `frame.attrs["root"]` is `path`: a run's losses.json and metrics.jsonl lie beside its record.
+    usable the frame is empty. `frame.attrs["root"]` is `path`: a run's losses.json lies beside its record.
 
     Raises:
         UserError: if `path` is no folder, or holds no record.json at all.
@@ -109,7 +110,21 @@ def _checked(file: Path) -> dict[str, Any]:
     for group, names in (("params", ("total", "new", "trainable")), ("tokens", ("stage1", "stage2"))):
         for name in names:
             _check_number(f"{group}.{name}", record.get(group, {}).get(name))
+    _check_curves(record.get("curves", {}))
     return record
+
+
+def _check_curves(curves: Any) -> None:
+    if not isinstance(curves, dict):
+        raise ValueError("has curves that are no object")
+    for step, columns in curves.items():
+        if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
+            raise ValueError(f"has curves.{step} where columns were expected")
+        if len({len(column) for column in columns.values()}) > 1:
+            raise ValueError(f"has columns of different lengths in curves.{step}")
+        for name, column in columns.items():
+            if not {type(value) for value in column} <= {int, float} or not all(abs(value) < 1 << 63 for value in column):
+                raise ValueError(f"has curves.{step}.{name} with what is no finite number")
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -126,11 +141,11 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {"study": None, "cell": None, "key": None, "row": None}
 
     def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "curves":
             for key, inner in value.items():
                 add(f"{name}.{_clean(key)}" if name else _clean(key), inner)
         else:
-            flat[name] = _value(name, value)
+            flat[name] = value if name == "curves" else _value(name, value)
 
     add("", record)
     return flat

@@ -23,10 +23,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 from analysis import command
 from analysis.bench import load_bench
+from analysis.fonts import families
 from analysis.plots import Plot, Series, all_plots, speed_plots
 from analysis.rows import human, records_of
 
@@ -34,7 +36,7 @@ COLOURS = {"teacher": "#000000", "adapted_teacher": "#7f7f7f", "hedgehog": "#e69
            "hedgemamba": "#0072b2", "gate": "#d55e00", "one_step": "#cc79a7", "paper": "#7f7f7f"}
 OTHER = "#b0a000"
 STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 6.5, "xtick.labelsize": 7, "ytick.labelsize": 7,
-         "font.family": "DejaVu Sans", "pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "hedgemamba", "axes.spines.top": False,
+         "pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "hedgemamba", "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.5, "axes.axisbelow": True,
          "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False, "axes.linewidth": 0.6, "figure.dpi": 100}
 WIDTH = 3.35
@@ -50,13 +52,13 @@ def draw(plot: Plot) -> Figure:
     bars = [s for s in plot.series if s.kind == "bar"]
     names = list(dict.fromkeys(x for s in bars for x in s.x))
     labelled = [s for s in plot.series if s.kind != "band" and not (s.kind == "bar" and [s.label] == s.x)]
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE | {"font.family": families()}):
         width = WIDTH if sum(len(s.x) for s in bars) <= 12 else 2 * WIDTH
         columns = 2 if width == WIDTH else 4
-        figure = Figure(figsize=(width, 2.4 + 0.13 * -(-len(labelled) // columns)), layout="constrained")
+        figure = Figure(figsize=(width, 2.4 + 0.13 * -(-len(labelled) // columns)))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        title = axes.set_title(f"{plot.title}\n{plot.place}" if plot.place else plot.title, loc="left")
+        title = axes.set_title(f"{plot.title}\n{plot.place}" if plot.place else plot.title, loc="left", y=1)
         title.set_parse_math(False)
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
@@ -70,7 +72,7 @@ def draw(plot: Plot) -> Figure:
         if plot.heat:
             x, y, z = plot.heat
             mesh = axes.pcolormesh(x, y, np.array(z), shading="nearest", cmap="viridis", vmax=1, rasterized=True)
-            figure.colorbar(mesh, ax=axes, label="cosine similarity")
+            figure.colorbar(mesh, ax=axes, label="cosine similarity", use_gridspec=False)
             axes.grid(False)
         for i, series in enumerate(bars):
             alone = [series.label] == series.x
@@ -87,8 +89,7 @@ def draw(plot: Plot) -> Figure:
             axes.grid(False, axis="x")
         if labelled:
             figure.legend(loc="outside lower left", ncols=columns, handlelength=2.4, columnspacing=1)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out now, once for all three formats
+        ConstrainedLayoutEngine().execute(figure)  # once for all three formats; as the figure's own engine it would run for each
     return figure
 
 
@@ -157,7 +158,7 @@ def make(options: argparse.Namespace) -> None:
     benches, _ = load_bench(options.bench or Path(options.out) / "bench")
     wanted: list[tuple[Plot, Path, str]] = []
     for study in command.chosen(frame, options.study, options.runs):
-        plots, missing = all_plots(records_of(frame[frame["study"] == study]), options.runs)
+        plots, missing = all_plots(records_of(frame[frame["study"] == study]))
         folder = Path(options.out) / command.folder_name(study) / "plots"
         wanted += [(plot, folder / name, options.out) for plot, name in zip(plots, file_names(plots), strict=True)]
         command.say("\n".join(f"{study}: {line}" for line in missing), sys.stderr)

@@ -5,19 +5,16 @@ A plot that lacks its data is left out, and one line says what is missing. A mix
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from analysis import paper
 from analysis.bench import Bench
-from analysis.export import thinned
 from analysis.places import Cells, Place, places
 from analysis.rows import MIXERS, Record, human, mixer_of, number, recipe_of
 from analysis.stats import LEVEL, student_t
@@ -61,7 +58,7 @@ class Plot:
     note: str = ""
 
 
-def all_plots(records: list[Record], root: str | Path) -> tuple[list[Plot], list[str]]:
+def all_plots(records: list[Record]) -> tuple[list[Plot], list[str]]:
     """The plots that the data give, and for each of the others a line that says what it needs.
 
     What is about one budget is drawn for the largest of each teacher and text.
@@ -70,7 +67,7 @@ def all_plots(records: list[Record], root: str | Path) -> tuple[list[Plot], list
     missing: list[str] = []
     largest = {id(p.yard): p for p in places(records)}.values()
     for name, (needs, make) in _KINDS.items():
-        made = [plot for place in largest for plot in make(place, str(root))]
+        made = [plot for place in largest for plot in make(place)]
         found += made
         missing += [] if made else [f"{name}: not drawn, needs {needs}"]
     return found, missing
@@ -140,7 +137,7 @@ def _published(rows: dict[Any, Any]) -> Series:
 
 # --- the plots ---------------------------------------------------------------------------------------------
 
-def _budget(place: Place, root: str) -> Iterator[Plot]:
+def _budget(place: Place) -> Iterator[Plot]:
     """Gap against budget with a power law, per yardstick; the paper's budgets beside it."""
     teacher, series = _teacher(place), []
     if teacher is None:
@@ -176,7 +173,7 @@ def _power_law(curve: Series) -> Iterator[Series]:
                  top=np.exp(np.minimum(fit + half, 50)).tolist())
 
 
-def _split(place: Place, root: str) -> Iterator[Plot]:
+def _split(place: Place) -> Iterator[Plot]:
     teacher = _teacher(place)
     if teacher is None:
         return
@@ -198,7 +195,7 @@ def _share(split: str) -> float:
     return float(split.partition("/")[0])
 
 
-def _mixer(place: Place, root: str) -> Iterator[Plot]:
+def _mixer(place: Place) -> Iterator[Plot]:
     teacher = _teacher(place)
     if teacher is None:
         return
@@ -216,43 +213,40 @@ def _mixer(place: Place, root: str) -> Iterator[Plot]:
     yield Plot("mixer", f"Parts of the mixer at {split}", "", "gap to the teacher, %", [*series, published], place=place.label)
 
 
-def _losses(place: Place, root: str) -> Iterator[Plot]:
+def _losses(place: Place) -> Iterator[Plot]:
     """Loss against tokens, one plot for each stage; the first seed of each cell."""
-    for stage, title in (("stage1", "Stage 1: cosine loss"), ("stage2", "Stage 2: training loss")):
-        series, used = [], dict.fromkeys(MIXERS, 0)
-        seen = set()
+    for step, stage, title, label in (("stage1", "stage 1", "Stage 1: cosine loss", "1 - cosine, mean over layers"),
+                                      ("student", "stage 2", "Stage 2: training loss", "loss, nats per token")):
+        series: list[Series] = []
+        used, seen = dict.fromkeys(MIXERS, 0), set()
         for cells in place.everything():
-            log = [line for line in _log(root, cells.records[0]) if line.get("stage") == stage]
-            points = [(line["tokens"], line["loss"]) for line in log if number(line, "tokens") and number(line, "loss") is not None]
-            if not points or (stage == "stage1" and tuple(points) in seen):
+            curve = _curve(cells.records[0], step)
+            shared = step == "stage1" and tuple(curve["loss"]) in seen
+            if shared or not curve["loss"]:
                 continue
-            seen.add(tuple(points))
-            x, y = map(list, zip(*points, strict=True))
-            series.append(Series(cells.name, _colour(cells), x, y, dash=_dash(used, cells), paths=[_paths(cells)[:1]] * len(x)))
+            seen.add(tuple(curve["loss"]))
+            series.append(Series(cells.name, _colour(cells), curve["tokens"], curve["loss"], dash=_dash(used, cells),
+                                 paths=[_paths(cells)[:1]] * len(curve["loss"])))
         if series:
-            yield Plot("loss", title, f"tokens of {stage.replace('stage', 'stage ')}", "loss", series, place=place.label)
+            yield Plot("loss", title, f"tokens of {stage}", label, series, place=place.label)
 
 
-def _cosine(place: Place, root: str) -> Iterator[Plot]:
+def _cosine(place: Place) -> Iterator[Plot]:
     """Stage 1's cosine similarity by layer and step, of the first HedgeMamba that has a stage 1."""
     for cells in sorted(place.everything(), key=lambda c: (_colour(c) != "hedgemamba", c.ppl)):
-        log = [line for line in _log(root, cells.records[0]) if line.get("stage") == "stage1"]
-        layers = sorted({int(k[6:]) for line in log for k in line if k.startswith("layer.") and k[6:].isdigit()})
-        lines = [line for line in log if all(number(line, f"layer.{i}") is not None for i in layers) and number(line, "tokens")]
-        if layers and len(lines) > 1:
-            z = [[1 - line[f"layer.{i}"] for line in lines] for i in layers]
+        curve = _curve(cells.records[0], "stage1")
+        layers = sorted(int(name[6:]) for name in curve if name.startswith("layer.") and name[6:].isdecimal())
+        if layers and len(curve["loss"]) > 1:
+            z = [[1 - loss for loss in curve[f"layer.{i}"]] for i in layers]
             yield Plot("stage1_cosine", "Stage 1: cosine similarity by layer", "tokens of stage 1", "layer",
-                       heat=([line["tokens"] for line in lines], [float(i) for i in layers], z), place=f"{place.label}, {cells.name}")
+                       heat=(curve["tokens"], [float(i) for i in layers], z), place=f"{place.label}, {cells.name}")
             break
 
 
-def _log(root: str, record: Record) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl beside the record, a few hundred of them; none where there is no such file."""
-    try:
-        log = (Path(root) / record["path"]).with_name("metrics.jsonl").read_bytes()
-    except OSError:
-        return []
-    return [json.loads(line) for line in thinned(log).splitlines()]
+def _curve(record: Record, step: str) -> dict[str, list[float]]:
+    """What a training step logged, by column; empty columns where the record has none."""
+    curve = record.get("curves", {}).get(step, {})
+    return curve if {"tokens", "loss"} <= set(curve) else {"tokens": [], "loss": []}
 
 
 def _leading(place: Place) -> list[Cells]:
@@ -263,7 +257,7 @@ def _leading(place: Place) -> list[Cells]:
     return [cells for cells in place.everything() if cells.name == best[_colour(cells)].name]
 
 
-def _downstream(place: Place, root: str) -> Iterator[Plot]:
+def _downstream(place: Place) -> Iterator[Plot]:
     series: list[Series] = []
     for cells in _leading(place):
         found = {t: m for t in paper.TASKS if (m := _mean(cells, t))}
@@ -277,7 +271,7 @@ def _downstream(place: Place, root: str) -> Iterator[Plot]:
         yield Plot("downstream", "Zero-shot accuracy", "", "accuracy, %", series, place=place.label)
 
 
-def _position(place: Place, root: str) -> Iterator[Plot]:
+def _position(place: Place) -> Iterator[Plot]:
     series = []
     for cells in _leading(place):
         first = next((r for r in cells.records if isinstance(r.get("metrics.ppl_by_position.ppl"), list)), None)
@@ -292,7 +286,7 @@ def _position(place: Place, root: str) -> Iterator[Plot]:
         yield Plot("position", "Perplexity by position", "position, tokens", "perplexity", series, log_x=True, log_y=True, place=place.label)
 
 
-def _decay(place: Place, root: str) -> Iterator[Plot]:
+def _decay(place: Place) -> Iterator[Plot]:
     """The decay rate of each layer: of each mixer's best cell the median head, of the best of all also the range over heads."""
     found = []
     for cells in _leading(place):
@@ -346,12 +340,12 @@ def _speed(benches: Sequence[Bench]) -> Iterator[Plot]:
                 yield Plot(name, title, "context, tokens", label, series, log_x=True, log_y=True, place=bench.device, note="; ".join(failed))
 
 
-_KINDS: dict[str, tuple[str, Callable[[Place, str], Iterator[Plot]]]] = {
+_KINDS: dict[str, tuple[str, Callable[[Place], Iterator[Plot]]]] = {
     "budget": ("two budgets of one mixer at 10/90, and the teacher", _budget),
     "split": ("two splits of one mixer, and the teacher", _split),
     "mixer": ("two mixers at one split, and the teacher", _mixer),
-    "loss": ("metrics.jsonl beside the records", _losses),
-    "stage1_cosine": ("metrics.jsonl of a stage 1 beside the records", _cosine),
+    "loss": ("curves in the records", _losses),
+    "stage1_cosine": ("curves of a stage 1 in the records", _cosine),
     "downstream": ("accuracies in the records (eval.tasks)", _downstream),
     "position": ("ppl_by_position in the records (eval.lengths)", _position),
     "decay": ("diagnostics in the records (eval.diagnostics)", _decay),

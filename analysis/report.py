@@ -50,7 +50,7 @@ def page(frame: pd.DataFrame, out_folder: Path, title: str, benches: Sequence[Be
     ids = {r["path"]: i for i, r in enumerate(records)}
     tables = [(study, table) for study in studies(frame) for table in build(frame, study)]
     tables += [("speed", table) for table in speed_tables(list(benches))]
-    plots, missing = all_plots(records, root)
+    plots, missing = all_plots(records)
     speed, without = speed_plots(benches)
     teachers = sorted({text(r.get("settings.teacher", "?")) for r in records})
     data = {
@@ -139,7 +139,7 @@ def _plot(plot: Plot, ids: dict[str, int]) -> dict[str, Any]:
 
 def _records(records: list[dict[str, Any]], root: Path, out_folder: Path) -> dict[str, Any]:
     """All records by column; what is the same in all of them stands once."""
-    rows = [{**{k: v for k, v in r.items() if k != "path" and not (isinstance(v, list) and len(v) > 60)},
+    rows = [{**{k: v for k, v in r.items() if k not in ("path", "curves") and not (isinstance(v, list) and len(v) > 60)},
              "_href": quote(Path(os.path.relpath(root / r["path"], out_folder)).as_posix())} for r in records]
     names = sorted({name for row in rows for name in row})
     missing = object()

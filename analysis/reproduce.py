@@ -21,7 +21,7 @@ from analysis import command
 from analysis.claims import judge
 from analysis.formats import markdown_text, to_markdown
 from analysis.load import load_records
-from analysis.rows import human, number, recipe_of, records_of, text
+from analysis.rows import device_seconds, human, recipe_of, records_of, text
 from analysis.tables import build, studies
 from hm.errors import UserError
 
@@ -60,9 +60,8 @@ def costs(frames: dict[str, pd.DataFrame]) -> str:
         records = records_of(frame)
         steps: dict[str, float] = {}
         for r in records:
-            for step, timed in (("stage1", "stage1_seconds"), ("student", "student_seconds")):
-                if (seconds := number(r, f"timing.{timed}")) is not None:
-                    steps[str(r.get(f"provenance.artifacts.{step}", r["path"] + step))] = seconds * (number(r, "provenance.processes") or 1)
+            for step, seconds in device_seconds(r).items():
+                steps[str(r.get(f"provenance.artifacts.{step}", r["path"] + step))] = seconds
         memory = [v for r in records for k, v in r.items() if k.startswith("peak_memory.") and isinstance(v, int | float)]
         budgets = {r["settings.budget"] for r in records if recipe_of(r) != "teacher" and isinstance(r.get("settings.budget"), int | float)}
         devices = sorted({str(r.get("provenance.device", "?")) for r in records})

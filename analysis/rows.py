@@ -76,6 +76,12 @@ def tokens_of(record: Record, stage: int) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def device_seconds(record: Record) -> dict[str, float]:
+    """Seconds of one device that each training step (stage1, student) took: its time, times the processes that shared it."""
+    return {step: seconds * (number(record, f"provenance.processes.{step}") or 1) for step in ("stage1", "student")
+            if (seconds := number(record, f"timing.{step}_seconds")) is not None}
+
+
 def hybrid(record: Record) -> str:
     """The layers that keep attention, as text; empty for a student without any."""
     kept = record.get("settings.keep_attention")

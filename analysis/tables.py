@@ -21,6 +21,7 @@ from analysis.rows import (
     borrowed,
     cell_names,
     comparable,
+    device_seconds,
     groups,
     human,
     natural,
@@ -251,9 +252,8 @@ def _cost(records: list[Record]) -> dict[str, Cell]:
     hours, rates, memory = [], [], []
     kinds = {r.get("provenance.device_type") for r in records if isinstance(r.get("provenance.device_type"), str)}
     for r in records:
-        seconds, peaks = ([v for step in ("stage1", "student") if (v := number(r, name.format(step))) is not None]
-                          for name in ("timing.{}_seconds", "peak_memory.{}"))
-        hours += [sum(seconds) / 3600 * (number(r, "provenance.processes") or 1)] if seconds else []
+        peaks = [v for step in ("stage1", "student") if (v := number(r, f"peak_memory.{step}")) is not None]
+        hours += [sum(seconds.values()) / 3600] if (seconds := device_seconds(r)) else []
         rates += [rate] if (rate := number(r, "timing.student_tokens_per_second")) is not None else []
         memory += [max(peaks)] if peaks else []
     name = "gpu_hours" if kinds == {"cuda"} else "cpu_hours" if kinds == {"cpu"} else ""
@@ -314,7 +314,7 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
                      "than the error of the difference.")
     if keys & {"gpu_hours", "cpu_hours"}:
         devices = sorted({str(r["provenance.device"]) for r in usable if "provenance.device" in r})
-        notes.append(f"Hours and tokens/s: both stages of one seed, tokens/s of stage 2, on {', '.join(devices) or '?'}; cells "
+        notes.append(f"Hours (of one device, times the devices) and tokens/s: both stages of one seed, tokens/s of stage 2, on {', '.join(devices) or '?'}; cells "
                      "that ran side by side slow each other down.")
     if any(key.startswith("paper_") for key in keys):
         notes.append(f"Columns marked paper: the published figures ({paper.TITLE}, arXiv {paper.ARXIV}) of "

@@ -1,11 +1,24 @@
-"""The record of a cell whose steps are all done: the one thing that tables are made from."""
+"""The record of a cell whose steps are all done: the one thing that tables and plots are made from.
+
+record.json is an object with "schema": 1, the names of the cell ("study", "cell", "row", "key"), "status" and
+
+    settings     the resolved settings of the cell
+    metrics      {name: {"value", "stderr", ...}}; perplexities, accuracies in percent, and what else was evaluated
+    params       parameter counts: total, new, trainable, by part
+    tokens       trained on, by stage: stage1, stage2
+    timing       seconds and tokens per second of each step: tokenise, stage1, student
+    peak_memory  bytes, of each training step
+    curves       {"stage1", "student"}: what each training step logged, thinned; by column: step, tokens, loss, and of stage 1
+                 layer.0, layer.1, ...: the loss of each layer. Losses have five digits. Earlier records have no curves
+    provenance   commit, packages, machine, command, and of each training step the number of processes (each with a device)
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hm.convert import teacher_counts
 from hm.files import atomic_write, to_json
@@ -15,6 +28,9 @@ from hm.teacher import load_teacher
 
 if TYPE_CHECKING:
     from hm.cell import Cell
+
+
+CURVE_POINTS = 60
 
 
 def write_record(cell: Cell, started: str | None = None) -> dict:
@@ -45,9 +61,11 @@ def write_record(cell: Cell, started: str | None = None) -> dict:
         | {f"{k}_seconds": r["seconds"] for k, r in results.items()}
         | {f"{k}_tokens_per_second": r["tokens_per_second"] for k, r in results.items() if "tokens_per_second" in r},
         "peak_memory": {k: r.get("peak_memory") for k, r in results.items()},
+        "curves": {kind: found for kind, key in trained if (found := curve(store.path(kind, key) / "metrics.jsonl"))},
         "provenance": {**made, "started": started or made["started"], "data": cell.inputs.text(cell.spec),
                        "teacher": cell.inputs.teacher(s.teacher), "precision": cell.precision,
                        "device_type": cell.device.type, "scan": resolve_scan(s.scan, cell.device, 0, s.decay),
+                       "processes": {k: r["processes"] for k, r in results.items() if "processes" in r},
                        "artifacts": {"tokens": cell.tokens_key, **dict(trained), "eval": cell.key}},
     }  # fmt: skip
     store.write_record(folder, record)
@@ -63,6 +81,16 @@ def write_log(path: Path, logs: list[tuple[str, Path]]) -> None:
             stage = "stage1" if kind == "stage1" else "stage2"
             lines += [json.dumps({"stage": stage, **json.loads(line)}) for line in log.read_text().splitlines()]
     atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def curve(log: Path, points: int = CURVE_POINTS) -> dict[str, list[Any]]:
+    """A step's log as columns (see above), at most `points` lines of it: the first, the last and evenly between; {} without one."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if len(lines) > points:
+        lines = [lines[round(i * (len(lines) - 1) / (points - 1))] for i in range(points)]
+    losses = [name for name in (lines[0] if lines else {}) if name == "loss" or name.startswith("layer.")]
+    return {name: [line[name] if name in ("step", "tokens") else float(f"{line[name]:.5g}") for line in lines]
+            for name in (("step", "tokens", *losses) if lines else ())}
 
 
 def to_yaml(settings: dict) -> str:

@@ -87,8 +87,9 @@ def train(objective: Objective, batch: Callable[[int], Tensor], steps: int, stag
         run: where checkpoints and metrics.jsonl lie; `run.key` must be that of the checkpoints there.
 
     Returns:
-        {"steps", "tokens", "seconds", "tokens_per_second", "final_loss", "peak_memory"}: seconds of training alone,
-        peak_memory in bytes: of the GPU, or the peak resident memory of this process on a CPU.
+        {"steps", "tokens", "seconds", "tokens_per_second", "final_loss", "peak_memory", "processes"}: seconds of training
+        alone, peak_memory in bytes: of the GPU, or the peak resident memory of this process on a CPU; processes: how many
+        shared the work, each with a device of its own (where a run went on with another number, the last).
 
     Raises:
         Diverged: when the loss is not finite.
@@ -170,6 +171,7 @@ def train_shared(objective: Objective, batch: Callable[[int], Tensor], steps: in
         "tokens_per_second": steps * per_step / max(seconds, 1e-9),
         "final_loss": losses.get("loss"),
         "peak_memory": torch.cuda.max_memory_allocated(run.device) if cuda else peak_resident_memory(),
+        "processes": parallel.processes(),
     }
 
 

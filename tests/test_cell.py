@@ -1,6 +1,7 @@
 """One cell: what its record holds, what is computed once, what its keys depend on, and what a failure leaves behind."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from hm.config import from_dict
 from hm.data import DataSpec, TokenDataset, validation_batches
 from hm.errors import UserError
 from hm.evaluate import perplexity
+from hm.record import curve
 from hm.store import Store
 from hm.teacher import fingerprint, load_teacher
 from hm.text import spec_fingerprint
@@ -162,6 +164,25 @@ def test_a_records_fields_are_those_of_the_contract(cell, files, tmp_path):
     assert [(line["stage"], line["step"]) for line in log] == [
         ("stage1", 0), ("stage1", 1), ("stage2", 0), ("stage2", 1), ("stage2", 2),
     ]  # fmt: skip
+    assert origin["processes"] == {"stage1": 1, "student": 1}
+    for kind, stage in (("stage1", "stage1"), ("student", "stage2")):
+        lines = [line for line in log if line["stage"] == stage]
+        for name, column in record["curves"][kind].items():
+            assert column == pytest.approx([line[name] for line in lines], rel=1e-4)
+    assert list(record["curves"]["stage1"]) == ["step", "tokens", "loss", *(f"layer.{i}" for i in range(len(record["curves"]["stage1"]) - 3))]
+    assert list(record["curves"]["student"]) == ["step", "tokens", "loss"]
+
+
+def test_a_long_log_becomes_a_curve_of_sixty_points_evenly_in_step_with_both_ends(tmp_path):
+    lines = [json.dumps({"step": i, "tokens": 8 * i, "lr": 1.0, "loss": 1 / (i + 3)}) for i in range(1000)]
+    (tmp_path / "log").write_text("\n".join(lines))
+    kept = curve(tmp_path / "log")
+    assert (kept["step"][0], kept["step"][-1], len(kept["step"])) == (0, 999, 60)
+    assert {b - a for a, b in itertools.pairwise(kept["step"])} <= {16, 17}
+    assert kept["tokens"] == [8 * step for step in kept["step"]]
+    assert kept["loss"][1] == pytest.approx(1 / 20, rel=1e-4)
+    assert max(len(f"{loss:.12g}") for loss in kept["loss"]) <= len("0.0012345")
+    assert curve(tmp_path / "none") == {}
 
 
 def test_the_validation_perplexity_is_that_of_the_saved_student_on_the_validation_text(cell):

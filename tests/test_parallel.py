@@ -95,6 +95,7 @@ def test_a_cell_of_two_processes_is_one_record_with_the_perplexity_of_one_proces
     for name in ("ppl", "ppl_start"):
         assert found["metrics"][name]["value"] == pytest.approx(expected["metrics"][name]["value"], rel=1e-4)
     assert found["tokens"] == expected["tokens"] == {"stage1": 512, "stage2": 1024}
+    assert (found["provenance"]["processes"], expected["provenance"]["processes"]) == ({"stage1": 2, "student": 2}, {"stage1": 1, "student": 1})
     assert done.stdout.count("validation perplexity") == 1
     assert not list((tmp_path / "2").rglob("*.claim")) + list((tmp_path / "2").rglob("*.work-*"))
 

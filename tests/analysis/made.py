@@ -1,4 +1,4 @@
-"""A whole made-up store: every study, several budgets and seeds, logs, losses, diagnostics, benchmarks.
+"""A whole made-up store: every study, several budgets and seeds, curves, losses, diagnostics, benchmarks.
 
 `python tests/analysis/made.py FOLDER [RECORDS]` writes one to look at.
 """
@@ -39,7 +39,7 @@ def log_ppl(recipe, mixer, percent, budget):
     return math.log(24.0) + (2.3 if recipe == "one_step" else gap)
 
 
-def write(root, study, row, recipe, mixer, percent, budget, seed, teacher="smollm2", size=134_515_008, rng=None, log=True, default_budget=None):
+def write(root, study, row, recipe, mixer, percent, budget, seed, teacher="smollm2", size=134_515_008, rng=None, default_budget=None):
     """One run folder. Returns it."""
     rng = rng or random.Random(f"{recipe}{mixer}{percent}{budget}{seed}{teacher}")
     value = log_ppl(recipe, mixer, percent, budget) + (rng.gauss(0, 0.004) if recipe != "teacher" else 0)
@@ -68,6 +68,7 @@ def write(root, study, row, recipe, mixer, percent, budget, seed, teacher="smoll
               "params": {"total": size + (new if student else 0), "new": new if student else 0, "trainable": 0},
               "tokens": {"stage1": one, "stage2": two},
               "timing": {} if untouched else {"stage1_seconds": 100.0, "student_seconds": 900.0, "student_tokens_per_second": 24000.0},
+              "curves": training_curves(one, two, value) if student else {},
               "peak_memory": {} if untouched else {"stage1": 3e10, "student": 4e10},
               "provenance": {"command": f"python sweep.py -m +study={study} scale={teacher} seed=0,1,2", "device": "NVIDIA H200", "device_type": "cuda",
                              "git_commit": "0123456789abcdef", "started": f"2026-11-2{seed}T10:00:00+00:00", "artifacts": {"eval": key} | (
@@ -76,23 +77,23 @@ def write(root, study, row, recipe, mixer, percent, budget, seed, teacher="smoll
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "record.json").write_text(json.dumps(record))
     (folder / "losses.json").write_text(json.dumps({"tokens": "t", "seq_len": 1024, "loss": losses}))
-    if log and student:
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training_log(one, two, value)))
     return folder
 
 
-def training_log(one, two, value):
-    for stage, tokens in (("stage1", one), ("stage2", two)):
-        for i in range(60 if tokens else 0):
-            done = (i + 1) / 60
-            if stage == "stage1":
-                layers = {f"layer.{n}": 0.6 * math.exp(-3 * done) + 0.01 * n for n in range(12)}
-                yield {"stage": stage, "step": i, "tokens": int(tokens * done), "loss": sum(layers.values()) / 12, **layers}
-            else:
-                yield {"stage": stage, "step": i, "tokens": int(tokens * done), "loss": value + 2 * math.exp(-5 * done)}
+def training_curves(one, two, value, points=60):
+    """What hm.record keeps of the two steps' logs."""
+    curves = {}
+    done = [(i + 1) / points for i in range(points)]
+    if one:
+        layers = {f"layer.{n}": [float(f"{0.6 * math.exp(-3 * x) + 0.01 * n:.5g}") for x in done] for n in range(12)}
+        curves["stage1"] = {"loss": [float(f"{sum(of_all) / 12:.5g}") for of_all in zip(*layers.values(), strict=True)], **layers}
+    if two:
+        curves["student"] = {"loss": [float(f"{value + 2 * math.exp(-5 * x):.5g}") for x in done]}
+    return {step: {"step": list(range(points)), "tokens": [int(tokens * x) for x in done], **curves[step]}
+            for step, tokens in (("stage1", one), ("student", two)) if tokens}
 
 
-def store(root, seeds=(0, 1, 2), budgets=(20_000_000,), teachers=(("smollm2", 134_515_008),), log=True, limit=None):
+def store(root, seeds=(0, 1, 2), budgets=(20_000_000,), teachers=(("smollm2", 134_515_008),), limit=None):
     """Every study at every budget and teacher. Returns the number of records."""
     count = 0
     for teacher, size in teachers:
@@ -100,7 +101,7 @@ def store(root, seeds=(0, 1, 2), budgets=(20_000_000,), teachers=(("smollm2", 13
             for study, row, recipe, mixer, percent, own in cells(budget):
                 for seed in seeds if recipe != "teacher" else seeds[:1]:
                     if limit is None or count < limit:
-                        write(root, study, row, recipe, mixer, percent, own, seed, teacher, size, log=log, default_budget=budget)
+                        write(root, study, row, recipe, mixer, percent, own, seed, teacher, size, default_budget=budget)
                         count += 1
     return count
 

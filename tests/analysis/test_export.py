@@ -1,12 +1,11 @@
 """The flat files, and what is kept beside the tables."""
 
-import itertools
 import json
 
 import pandas as pd
 import pytest
 
-from analysis.export import LOG_LINES, thinned, write_flat
+from analysis.export import write_flat
 from analysis.load import load_records
 from analysis.make_tables import main
 
@@ -47,24 +46,12 @@ def test_the_same_records_give_the_same_bytes(runs, tmp_path):
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
-def test_a_log_is_thinned_evenly_by_stage_and_keeps_its_last_line():
-    lines = [json.dumps({"stage": stage, "step": i}) for stage in ("stage1", "stage2") for i in range(1000)]
-    kept = [json.loads(line) for line in thinned("\n".join([*lines, "{cut"]).encode()).splitlines()]
-    for stage in ("stage1", "stage2"):
-        steps = [line["step"] for line in kept if line["stage"] == stage]
-        assert len(steps) <= LOG_LINES
-        assert steps[-1] == 999
-        assert {b - a for a, b in itertools.pairwise(steps)} == {5}
-    short = b'{"stage": "stage1"}\n'
-    assert thinned(short) == short
-
-
-def test_losses_and_log_are_kept_with_the_record_and_it_reads_the_same_from_there(made, tmp_path):
+def test_losses_are_kept_with_the_record_and_it_reads_the_same_from_there(made, tmp_path):
     made.store(tmp_path / "runs", seeds=(0,), limit=4)
     out = tmp_path / "results"
     assert main(["--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
     kept = sorted(p.name for p in out.glob("main/records/hedgehog-s0*/*"))
-    assert kept == ["losses.json", "metrics.jsonl", "record.json"]
+    assert kept == ["losses.json", "record.json"]
     assert load_records(out).drop(columns="path").equals(load_records(tmp_path / "runs").drop(columns="path"))
 
 

@@ -13,7 +13,7 @@ from analysis.rows import records_of
 ODD = ["x", "", [1, "a", None], {"a": 1}, None, True, -1, 0, 1e308, 0.5, "=1+1", "<b>", "$x$\\end{table}"]
 PLACES = ["settings.budget", "settings.seed", "settings.stage1_tokens", "settings.teacher", "settings.eval", "settings.recipe", "settings.mixer",
           "settings.keep_attention", "metrics.ppl_by_position", "metrics.diagnostics", "params.by_part", "timing.stage1_seconds", "timing.student_tokens_per_second",
-          "peak_memory.student", "provenance.command", "provenance.device", "provenance.device_type", "provenance.processes", "provenance.artifacts", "provenance.started", "row"]
+          "peak_memory.student", "provenance.command", "provenance.device", "provenance.device_type", "provenance.processes", "provenance.processes.student", "provenance.artifacts", "provenance.started", "row", "curves", "curves.stage1", "curves.student.tokens", "curves.stage1.loss"]
 
 
 def change(record, place, value):
@@ -41,10 +41,9 @@ def store(made, tmp_path_factory):
     for name, text in (("empty", ""), ("cut", '{"schema": 1, "st'), ("future", '{"schema": 99}'), ("nan", '{"schema": NaN}'), ("list", "[]")):
         (runs / "bad" / name).mkdir(parents=True)
         (runs / "bad" / name / "record.json").write_text(text)
-    for i, text in enumerate(('{"loss": "x"}', "[", '{"stage": "stage1", "tokens": "many", "loss": null}\n3\n{cut')):
+    for i, text in enumerate(('{"loss": "x"}', "[", '{"loss": null}\n3\n{cut')):
         for folder in list((runs / "main").glob("hedge*"))[i :: 3]:
             (folder / "losses.json").write_text(text)
-            (folder / "metrics.jsonl").write_text(text)
     return runs
 
 
@@ -58,7 +57,7 @@ def test_the_commands_list_what_is_broken_and_make_the_rest(store, tmp_path, cap
 
 
 def test_plots_are_drawn_from_what_is_usable(store):
-    plots, _ = all_plots(records_of(load_records(store)), store)
+    plots, _ = all_plots(records_of(load_records(store)))
     first = {plot.name: plot for plot in plots}
     assert set(first) == {"budget", "split", "mixer", "loss", "stage1_cosine", "downstream", "position", "decay"}
     for plot in first.values():

@@ -26,7 +26,7 @@ def store(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plots(store):
-    return all_plots(records_of(load_records(store / "runs")), store / "runs")[0]
+    return all_plots(records_of(load_records(store / "runs")))[0]
 
 
 def named(plots, name):
@@ -66,7 +66,7 @@ def test_a_power_law_is_found_again_with_an_interval_around_it(runs):
     for i, (budget, noise) in enumerate(((100, 0.01), (200, -0.01), (400, 0.01), (800, -0.01))):
         gap = 3.0 * budget**-0.5 * (1 + noise)
         runs.add("budget", str(i), 20.0 * (1 + gap), one=budget // 10, two=budget - budget // 10)
-    plot = named(all_plots(records_of(load_records(runs.root)), runs.root)[0], "budget")
+    plot = named(all_plots(records_of(load_records(runs.root)))[0], "budget")
     exponent = float(line(plot, "fit").label.split()[-1])
     assert exponent == pytest.approx(-0.5, abs=0.02)
     band, fit = line(plot, "95%"), line(plot, "fit")
@@ -80,7 +80,7 @@ def test_two_budgets_have_a_line_but_no_fit(runs):
     runs.teacher("budget", 20.0)
     for budget in (100, 200):
         runs.add("budget", str(budget), 30.0 - budget / 100, one=budget // 10, two=budget - budget // 10)
-    assert not any("fit" in s.label for s in named(all_plots(records_of(load_records(runs.root)), runs.root)[0], "budget").series)
+    assert not any("fit" in s.label for s in named(all_plots(records_of(load_records(runs.root)))[0], "budget").series)
 
 
 def test_a_mixer_has_one_colour_in_all_plots_and_no_two_share_one(plots):
@@ -95,10 +95,10 @@ def test_a_mixer_has_one_colour_in_all_plots_and_no_two_share_one(plots):
 
 def test_stage_1s_cosine_is_one_minus_the_logged_loss_of_each_layer(plots, store):
     x, y, z = named(plots, "stage1_cosine").heat
-    log = next(f for f in store.glob("runs/main/hedgemamba*/metrics.jsonl"))
-    first = json.loads(log.read_text().splitlines()[0])
-    assert (x[0], y) == (first["tokens"], list(range(12)))
-    assert [row[0] for row in z] == pytest.approx([1 - first[f"layer.{i}"] for i in range(12)])
+    record = next(f for f in store.glob("runs/main/hedgemamba*/record.json"))
+    curve = json.loads(record.read_text())["curves"]["stage1"]
+    assert (x, y) == (curve["tokens"], list(range(12)))
+    assert [row[0] for row in z] == pytest.approx([1 - curve[f"layer.{i}"][0] for i in range(12)])
 
 
 def test_the_decay_is_the_median_and_the_range_over_heads(plots):
@@ -140,5 +140,5 @@ def test_names_with_mathematics_are_drawn_as_they_are(runs, nasty):
     runs.teacher("lab", teacher=nasty, scale=nasty)
     runs.add("lab", one=10, teacher=nasty, scale=nasty)
     runs.add("lab", one=50, two=50, teacher=nasty, scale=nasty)
-    [plot] = all_plots(records_of(load_records(runs.root)), runs.root)[0]
+    [plot] = all_plots(records_of(load_records(runs.root)))[0]
     draw(plot).savefig("/dev/null", format="svg")

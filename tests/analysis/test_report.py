@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def store(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     made.store(root / "runs", seeds=(0, 1))
-    made.store(root / "runs", seeds=(0,), teachers=(("tiny", 7_000_000),), log=False)
+    made.store(root / "runs", seeds=(0,), teachers=(("tiny", 7_000_000),))
     made.bench(root / "results/bench")
     return root
 
@@ -230,7 +230,7 @@ def test_no_records_are_answered_with_one_sentence(tmp_path, capsys):
 
 
 def test_two_thousand_records_take_under_five_seconds_and_ten_megabytes(made, tmp_path):
-    made.store(tmp_path / "runs", seeds=tuple(range(12)), budgets=tuple(1_000_000 * n for n in (1, 2, 5, 10, 20, 50, 100)), log=False, limit=2000)
+    made.store(tmp_path / "runs", seeds=tuple(range(12)), budgets=tuple(1_000_000 * n for n in (1, 2, 5, 10, 20, 50, 100)), limit=2000)
     start = time.process_time()
     assert main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert time.process_time() - start < 8  # about 3 on an idle core

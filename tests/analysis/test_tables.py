@@ -360,9 +360,9 @@ def test_hours_are_those_of_both_stages_of_one_seed_times_the_devices(runs, devi
     for seed, seconds in ((0, 3500), (1, 3700)):
         runs.add("main", "hedgemamba", seed=seed, record={
             "timing": {"stage1_seconds": 100, "student_seconds": seconds, "student_tokens_per_second": 1000 + seed},
-            "provenance": {"device_type": device_type, "device": "X", "processes": 2}})
+            "provenance": {"device_type": device_type, "device": "X", "processes": {"student": 4}}})
     cells = runs.rows("main")["hedgemamba"]
-    assert cells[column].value == pytest.approx(2 * (100 + 3600) / 3600)
+    assert cells[column].value == pytest.approx((100 + 4 * 3600) / 3600)
     assert cells["tokens_per_second"].value == pytest.approx(1000.5)
 
 
