@@ -35,4 +35,4 @@ def test_a_mixed_pass_is_no_further_from_float32_than_a_whole_one(kind, scan, mi
     whole, mixed = passes(make_student(teacher, mixer, decay=decay, scan=scan).cuda().bfloat16(), tokens)
     noise = (whole - exact).square().mean().sqrt()
     assert 0 < (mixed - exact).square().mean().sqrt() < 1.5 * noise
-    assert noise < 0.1 * exact.std()
+    assert noise < 0.4 * exact.std()
