@@ -161,15 +161,16 @@ def score_tasks(
     if installed() is None:
         raise UserError(f"eval.tasks={','.join(names)} needs lm-eval, which is not installed; run {INSTALL}.")
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from hm.scorer import AnswerScorer
 
     largest = max(tokenizer.get_vocab().values())
     if largest >= model.config.vocab_size:
         raise UserError(f"the tokenizer has ids up to {largest} and the model {model.config.vocab_size} embeddings; give the model's own tokenizer.")
     loaded = load_tasks(names, data, limit)
     cut = {name: check_items(task, name, tokenizer, max_seq_len(model.config), limit) for name, task in loaded["tasks"].items()}
-    lm = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32",
-              mixed_precision_dtype="bfloat16" if precision == "bf16" else None, max_length=max_seq_len(model.config))  # fmt: skip
+    lm = AnswerScorer(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32",
+                      mixed_precision_dtype="bfloat16" if precision == "bf16" else None, max_length=max_seq_len(model.config))  # fmt: skip
     lm.loglikelihood = partial(lm.loglikelihood, disable_tqdm=not sys.stderr.isatty())  # type: ignore[method-assign]
     found: Any = evaluate(lm, loaded, limit=limit, log_samples=False)
     scores = {}
