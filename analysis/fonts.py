@@ -29,7 +29,7 @@ def families() -> list[str]:
         cut.populate(unicodes=LETTERS)
         cut.subset(font)
         for record in font["name"].names:
-            if record.nameID == 1:  # the family, by which Matplotlib finds it
+            if record.nameID in (1, 16):  # the family, by which Matplotlib finds it
                 record.string = SMALL
         font.save(file)
     font_manager.fontManager.addfont(file.name)

@@ -28,9 +28,13 @@ def shown(row: Row, column: Column) -> str:
         f" ({cell.remark})" if cell.remark else "")
 
 
-def _blocks(table: Table) -> list[tuple[str, list[Column]]]:
-    names = list(dict.fromkeys(c.block for c in table.columns))
-    return [(name, [table.columns[0], *[c for c in table.columns[1:] if c.block == name]]) for name in names]
+def _blocks(table: Table) -> list[tuple[str, list[Column], list[Row]]]:
+    """Name, columns and rows of each block: of the first all rows, of the others those that have something in it."""
+    made: list[tuple[str, list[Column], list[Row]]] = []
+    for name in dict.fromkeys(c.block for c in table.columns):
+        columns = [c for c in table.columns[1:] if c.block == name]
+        made.append((name, [table.columns[0], *columns], [r for r in table.rows if not made or any(c.key in r.cells for c in columns)]))
+    return made
 
 
 def _marked(text: str, row: Row, column: Column, marks: dict[str, tuple[str, str]]) -> str:
@@ -65,11 +69,11 @@ def to_markdown(table: Table) -> str:
     """A heading, the caption, a table that is aligned in a terminal too, the notes and the commands."""
     lines = [f"### {markdown_text(table.name)}", "", markdown_text(table.caption)]
     blocks = _blocks(table)
-    for title, columns in blocks:
+    for title, columns, rows in blocks:
         if len(blocks) > 1:
             lines += ["", f"{title}:"]
         grid = [[markdown_text(c.header) for c in columns]]
-        grid += [[_marked(markdown_text(shown(row, c)), row, c, _MARKDOWN_MARKS) for c in columns] for row in table.rows]
+        grid += [[_marked(markdown_text(shown(row, c)), row, c, _MARKDOWN_MARKS) for c in columns] for row in rows]
         widths = [max(3, *map(len, texts)) for texts in zip(*grid, strict=True)]
         rule = ["-" * widths[0], *["-" * (w - 1) + ":" for w in widths[1:]]]
         lines.append("")
@@ -81,7 +85,7 @@ def to_markdown(table: Table) -> str:
         longest = max((len(run) for c in commands for run in re.findall("`+", c)), default=0)
         fence = "`" * max(3, longest + 1)
         lines += ["", "Commands:", "", f"{fence}sh"]
-        lines += [f"# {', '.join(rows)}\n{command}" for command, rows in commands.items()]
+        lines += [f"# {', '.join(labels)}\n{command}" for command, labels in commands.items()]
         lines.append(fence)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -120,11 +124,11 @@ def to_latex(table: Table) -> str:
     lines += [f"% {', '.join(rows)}: {command}" for command, rows in _commands(table).items()]
     lines += [r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3pt}",
               rf"\caption{{{_latex_text(table.caption)}}}", rf"\label{{tab:{label}}}"]
-    for number, columns in enumerate(part for _, block in _blocks(table) for part in _as_wide_as_a_page(block)):
+    for number, (columns, rows) in enumerate((part, rows) for _, block, rows in _blocks(table) for part in _as_wide_as_a_page(block)):
         lines += [r"\par\medskip"] * (number > 0)
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}", r"\toprule",
                   " & ".join(map(_latex_header, columns)) + r" \\", r"\midrule"]
-        lines += [" & ".join(_marked(_latex_text(shown(row, c)), row, c, _LATEX_MARKS) for c in columns) + r" \\" for row in table.rows]
+        lines += [" & ".join(_marked(_latex_text(shown(row, c)), row, c, _LATEX_MARKS) for c in columns) + r" \\" for row in rows]
         lines += [r"\bottomrule", r"\end{tabular}"]
     if table.notes:
         lines += [r"\par\smallskip", r"\begin{minipage}{\linewidth}\scriptsize", "\n".join(

@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import command
 from analysis.bench import load_bench
@@ -42,8 +43,8 @@ STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.
 WIDTH = 3.35
 MANY = 12
 """From as many figures on, they are drawn by one process per core: a figure takes about a third of a second."""
-LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-HATCHES = {"solid": "", "dash": "////", "dot": "....", "dashdot": "xxxx"}
+LINES: Any = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 2)), "longdashdot": (0, (9, 2, 1, 2))}
+HATCHES = {"solid": "", "dash": "////", "dot": "....", "dashdot": "xxxx", "longdash": "\\\\\\\\", "longdashdot": "++++"}
 NO_DATE = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 
 
@@ -55,18 +56,22 @@ def draw(plot: Plot) -> Figure:
     with mpl.rc_context(STYLE | {"font.family": families()}):
         width = WIDTH if sum(len(s.x) for s in bars) <= 12 else 2 * WIDTH
         columns = 2 if width == WIDTH else 4
-        figure = Figure(figsize=(width, 2.4 + 0.13 * -(-len(labelled) // columns)))
+        note = textwrap.wrap(_literal(plot.note), round(23 * width))
+        below = 0.13 * -(-len(labelled) // columns) + 0.11 * len(note) + 0.04 * max(0, max(map(len, names), default=0) - 16)
+        figure = Figure(figsize=(width, 2.4 + below))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         title = axes.set_title(f"{plot.title}\n{plot.place}" if plot.place else plot.title, loc="left", y=1)
         title.set_parse_math(False)
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
-        for axis, log in ((axes.xaxis, plot.log_x), (axes.yaxis, plot.log_y)):
+        for axis, log in ((axes.xaxis, plot.log_x), (axes.yaxis, plot.log_y and _wide(plot.series))):
             if log:
-                (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+                (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log", subs=(2, 5))
                 values = [v for series in plot.series for v in (series.x if axis is axes.xaxis else series.y) if v > 0]
                 axis.set_minor_formatter(_minor_ticks(values))
+            elif "tokens" in axis.get_label_text():
+                axis.set_major_locator(MaxNLocator(6))
             if log or "tokens" in axis.get_label_text():
                 axis.set_major_formatter(lambda value, _: human(value))
         if plot.heat:
@@ -87,8 +92,8 @@ def draw(plot: Plot) -> Figure:
             tilted = len(names) > 4
             axes.set_xticks(range(len(names)), [_literal(n) for n in names], rotation=30 if tilted else 0, ha="right" if tilted else "center")
             axes.grid(False, axis="x")
-        if labelled:
-            figure.legend(loc="outside lower left", ncols=columns, handlelength=2.4, columnspacing=1)
+        if labelled or note:
+            figure.legend(loc="outside lower left", ncols=columns, handlelength=2.8, columnspacing=1, title="\n".join(note), title_fontsize=6, alignment="left")
         ConstrainedLayoutEngine().execute(figure)  # once for all three formats; as the figure's own engine it would run for each
     return figure
 
@@ -108,10 +113,16 @@ def _line(axes, series: Series, names: list[str]) -> None:
                   markerfacecolor="white" if series.colour == "paper" else colour)
 
 
+def _wide(series: Sequence[Series]) -> bool:
+    """Whether a logarithmic axis has enough to show: less than a factor of four has hardly a round number for a tick."""
+    values = [v for s in series for v in (*s.y, *(s.top or ()))]
+    return max(values) > 4 * min(values)
+
+
 def _minor_ticks(values: Sequence[float]) -> FuncFormatter:
-    """Labels at 2 and 5 between the powers of ten where `values` span less than one and a half of them."""
-    few = bool(values) and max(values) < 30 * min(values)
-    return FuncFormatter(lambda value, _: human(value) if few and f"{value:e}"[0] in "25" else "")
+    """Labels at 2 and 5 between the powers of ten where `values` span less than three of them."""
+    few = bool(values) and max(values) < 500 * min(values)
+    return FuncFormatter(lambda value, _: human(value) if few else "")
 
 
 def _errors(series: Series) -> list[float] | None:

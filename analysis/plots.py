@@ -16,11 +16,13 @@ import numpy as np
 from analysis import paper
 from analysis.bench import Bench
 from analysis.places import Cells, Place, places
-from analysis.rows import MIXERS, Record, human, mixer_of, number, recipe_of
+from analysis.recipes import at_budgets
+from analysis.rows import MIXERS, TEACHERS, Record, human, mixer_of, number, recipe_of
 from analysis.stats import LEVEL, student_t
+from analysis.table import number_text
 
 PAPER = "paper (Pythia-1B, 10B tokens)"
-STYLES = ("solid", "dash", "dot", "dashdot")
+STYLES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 @dataclass
@@ -122,6 +124,15 @@ def _gaps(label: str, colour: str, points: Sequence[tuple[Any, Cells]], teacher:
     return series
 
 
+def _seeds(series: Sequence[Series]) -> str:
+    """What the error bars of `series` are."""
+    counts = sorted({len(behind) for s in series if s.error for behind in s.paths})
+    if counts in ([], [1]):
+        return "One seed; error bars: standard error over the sequences." if counts else ""
+    rest = " (one seed: standard error over the sequences)" if counts[0] == 1 else ""
+    return f"Error bars: standard deviation over {' or '.join(str(n) for n in counts if n > 1)} seeds{rest}."
+
+
 def _teacher(place: Place) -> float | None:
     teacher = place.teacher()
     found = _mean(teacher, "ppl") if teacher else None
@@ -153,7 +164,7 @@ def _budget(place: Place) -> Iterator[Plot]:
         positive = all(y > 0 for s in series for y in s.y)
         yield Plot("budget", "Gap to the teacher against the budget", "tokens of both stages", "gap to the teacher, %", series,
                    log_x=True, log_y=positive, place=place.label.rpartition(",")[0],
-                   note="Fit: power law, least squares of the logarithms, with the 95% interval of the line; from three budgets on.")
+                   note=f"{_seeds(series)} Fit: power law, least squares of the logarithms, with the 95% interval of the line; from three budgets on.")
 
 
 def _power_law(curve: Series) -> Iterator[Series]:
@@ -178,7 +189,7 @@ def _split(place: Place) -> Iterator[Plot]:
     if teacher is None:
         return
     series = []
-    for i, at in enumerate(reversed(places(place.yard))):
+    for i, at in enumerate(places(place.yard)[: -len(STYLES) - 1 : -1]):  # of more budgets the largest
         for mixer in MIXERS:
             curve = _gaps(f"{mixer}, {human(at.budget)}", mixer, [(_share(s), c) for s in at.splits if (c := at.best(mixer, s))], teacher,
                           dash=STYLES[i % len(STYLES)])
@@ -188,7 +199,7 @@ def _split(place: Place) -> Iterator[Plot]:
         rows: dict[Any, Any] = {_share(s): row for s, row in paper.TABLES["split"].rows.items()}
         positive = all(y > 0 for s in series for y in s.y)
         yield Plot("split", "Gap to the teacher against the split", "tokens in stage 1, %", "gap to the teacher, %",
-                   [*series, _published(dict(sorted(rows.items())))], log_y=positive, place=place.label.rpartition(",")[0])
+                   [*series, _published(dict(sorted(rows.items())))], log_y=positive, place=place.label.rpartition(",")[0], note=_seeds(series))
 
 
 def _share(split: str) -> float:
@@ -210,12 +221,29 @@ def _mixer(place: Place) -> Iterator[Plot]:
         series.append(bar)
     published = _published(paper.TABLES["mixer"].rows)
     published.kind, published.label = "points", "paper (Pythia-1B, 10B tokens, 50/50)"
-    yield Plot("mixer", f"Parts of the mixer at {split}", "", "gap to the teacher, %", [*series, published], place=place.label)
+    yield Plot("mixer", f"Parts of the mixer at {split}", "", "gap to the teacher, %", [*series, published], place=place.label, note=_seeds(series))
+
+
+def _recipes(place: Place) -> Iterator[Plot]:
+    """The study of recipes: each row's gap to the adapted teacher, a bar for each budget."""
+    records = [r for r in place.yard if r["study"] == "recipes"]
+    mixers = {mixer_of(r) for r in records if recipe_of(r) not in TEACHERS}
+    colour = mixers.pop() if len(mixers) == 1 else "other"
+    series = []
+    for dash, (budget, found) in zip(STYLES, at_budgets(records, []).items(), strict=False):
+        rows = {name: (recipe, gap) for name, recipe in found.items() if recipe_of(recipe.records[0]) not in TEACHERS and (gap := recipe.gap)}
+        if rows:
+            series.append(Series(f"{human(budget)} tokens", colour, list(rows), [gap.value for _, gap in rows.values()],  # type: ignore[misc]
+                                 "bar", [gap.spread for _, gap in rows.values()], dash=dash, paths=[[r["path"] for r in recipe.records] for recipe, _ in rows.values()],
+                                 hover=[f"{name}: gap {number_text(gap.value, 'nats')}, {len(recipe.gaps)} seeds" for name, (recipe, gap) in rows.items()]))
+    if series:
+        yield Plot("recipes", "Recipes: gap to the adapted teacher", "", "gap, nats per token", series, place=place.label.rpartition(",")[0],
+                   note=f"ln(perplexity / the adapted teacher's of the same budget and seed). {_seeds(series)}")
 
 
 def _losses(place: Place) -> Iterator[Plot]:
     """Loss against tokens, one plot for each stage; the first seed of each cell."""
-    for step, stage, title, label in (("stage1", "stage 1", "Stage 1: cosine loss", "1 - cosine, mean over layers"),
+    for step, stage, title, label in (("stage1", "stage 1", "Stage 1: cosine loss", "1 - cosine similarity"),
                                       ("student", "stage 2", "Stage 2: training loss", "loss, nats per token")):
         series: list[Series] = []
         used, seen = dict.fromkeys(MIXERS, 0), set()
@@ -228,7 +256,7 @@ def _losses(place: Place) -> Iterator[Plot]:
             series.append(Series(cells.name, _colour(cells), curve["tokens"], curve["loss"], dash=_dash(used, cells),
                                  paths=[_paths(cells)[:1]] * len(curve["loss"])))
         if series:
-            yield Plot("loss", title, f"tokens of {stage}", label, series, place=place.label)
+            yield Plot("loss", title, f"tokens of {stage}", label, series, place=place.label, note="One seed of each cell.")
 
 
 def _cosine(place: Place) -> Iterator[Plot]:
@@ -268,7 +296,8 @@ def _downstream(place: Place) -> Iterator[Plot]:
                              list(errors.values()), paths=[_paths(cells)] * len(found),
                              hover=[f"{cells.name}, {t}: {m[0]:.2f}%" for t, m in found.items()]))
     if series:
-        yield Plot("downstream", "Zero-shot accuracy", "", "accuracy, %", series, place=place.label)
+        yield Plot("downstream", "Zero-shot accuracy", "", "accuracy, %", series, place=place.label,
+                   note="Of each mixer the cell with the lowest perplexity, mean over its seeds. Error bars: the harness's standard error over the items.")
 
 
 def _position(place: Place) -> Iterator[Plot]:
@@ -283,7 +312,8 @@ def _position(place: Place) -> Iterator[Plot]:
             series.append(Series(cells.name, _colour(cells), x, y, error=error if isinstance(error, list) and len(error) == len(y) else None,
                                  paths=[[first["path"]]] * len(x)))
     if series:
-        yield Plot("position", "Perplexity by position", "position, tokens", "perplexity", series, log_x=True, log_y=True, place=place.label)
+        yield Plot("position", "Perplexity by position", "position, tokens", "perplexity", series, log_x=True, log_y=True, place=place.label,
+                   note="Of each mixer one seed of the cell with the lowest perplexity. Error bars: standard error over the sequences.")
 
 
 def _decay(place: Place) -> Iterator[Plot]:
@@ -344,6 +374,7 @@ _KINDS: dict[str, tuple[str, Callable[[Place], Iterator[Plot]]]] = {
     "budget": ("two budgets of one mixer at 10/90, and the teacher", _budget),
     "split": ("two splits of one mixer, and the teacher", _split),
     "mixer": ("two mixers at one split, and the teacher", _mixer),
+    "recipes": ("records of a study named recipes, with adapted teachers of its budgets", _recipes),
     "loss": ("curves in the records", _losses),
     "stage1_cosine": ("curves of a stage 1 in the records", _cosine),
     "downstream": ("accuracies in the records (eval.tasks)", _downstream),

@@ -77,8 +77,8 @@ def numbers(frames: dict[str, pd.DataFrame]) -> str:
     for name, frame in frames.items():
         for study in studies(frame):
             for table in build(frame, study):
-                columns = [c for c in table.columns if c.key in SHOWN]
-                rows = [replace(row, commands=[], cells={k: v for k, v in row.cells.items() if k in SHOWN}) for row in table.rows]
+                columns = [c for c in table.columns if c.key in SHOWN or study == "recipes"]
+                rows = [replace(row, commands=[], cells={c.key: row.cells[c.key] for c in columns if c.key in row.cells}) for row in table.rows]
                 small = replace(table, name=f"results/{name}: {table.name}", columns=columns, rows=rows, notes=[], caption=table.caption.partition(" Paper:")[0])
                 made.append(to_markdown(small).rstrip())
     return "\n\n".join(made)

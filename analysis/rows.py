@@ -119,11 +119,12 @@ def groups(records: list[Record], study: str) -> dict[str, list[Record]]:
 
     A teacher has no budget, so it is in the groups of every budget, and so is an adapted teacher whose budget no student
     has (of those with as many tokens in stage 2, if there are any). The budget study is about budgets, so there the
-    scale's budget (default_budget) tells groups apart; the scale study is about teachers and is one group.
+    scale's budget (default_budget) tells groups apart; the scale study is about teachers and is one group. Recipes are
+    compared at all budgets of one yardstick.
     """
     if study == "scale":
         return {"": records}
-    budget = "settings.default_budget" if study == "budget" else "settings.budget"
+    budget = {"budget": "settings.default_budget", "recipes": ""}.get(study, "settings.budget")
     names = (*YARDSTICK, "settings.scale")
     yards: dict[tuple[str, ...], list[Record]] = {}
     for r in records:

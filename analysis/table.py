@@ -10,6 +10,9 @@ from analysis.paper import Above
 from analysis.rows import human
 
 ONE_SEED = "†"
+SINGLE = f"{ONE_SEED} one seed: ± is the standard error over the evaluated sequences."
+BOLD = ("Bold, and italic (underlined in LaTeX): the best and second best student, where ahead of the next by more than the error of the "
+        "difference.")
 
 
 @dataclass(frozen=True)
@@ -100,5 +103,5 @@ def number_text(value: float | Above | None, kind: str) -> str:
         return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     if kind == "points":
         return f"{value:+.2f}"
-    decimals = {"ppl": 2 if abs(value) < 1000 else 0, "pct": 1, "acc": 2, "bits": 4, "count": 0, "ratio": 2}
+    decimals = {"ppl": 2 if abs(value) < 1000 else 0, "pct": 1, "acc": 2, "bits": 4, "nats": 3, "count": 0, "ratio": 2}
     return f"{value:.{decimals[kind]}f}"

@@ -7,11 +7,11 @@ columns of their own.
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from analysis import paper
+from analysis import paper, recipes
+from analysis.cells import cells_of, paper_cells, references, values_of
 from analysis.rows import (
     TEACHERS,
     Record,
@@ -20,26 +20,21 @@ from analysis.rows import (
     apart,
     borrowed,
     cell_names,
-    comparable,
-    device_seconds,
     groups,
-    human,
     natural,
-    number,
     recipe_of,
     records_of,
     row_name,
     text,
-    tokens_of,
 )
-from analysis.table import ONE_SEED, Cell, Column, Row, Table, mark_best, number_text
+from analysis.table import BOLD, SINGLE, Column, Row, Table, mark_best, number_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TITLES = {"main": "Main comparison", "mixer": "Parts of the mixer", "split": "Tokens by stage",
           "budget": "Total budget", "one_step": "One step instead of two", "scale": "Sizes of the teacher",
-          "controls": "Controls", "demo": "The demo"}
+          "controls": "Controls", "recipes": "Recipes", "demo": "The demo"}
 DEMO_ORDER = ("teacher", "<", "hedgemamba 10/90", "<=", "hedgehog 10/90", "<", "0/100", "<", "one_step")
 
 
@@ -82,7 +77,8 @@ def build(frame: pd.DataFrame, study: str) -> list[Table]:
     """The tables of one study, from the records of all of them (a teacher's may lie in another study).
 
     One table, or one for each group of what was run and measured alike (rows.py). The rows are the paper's, run or
-    not, then what else was run; a study that the paper doesn't know has one row for each cell.
+    not, then what else was run; a study that the paper doesn't know has one row for each cell. Recipes have their budgets
+    in columns (recipes.py).
     """
     records = records_of(frame)
     mine = [r for r in records if r["study"] == study]
@@ -101,6 +97,8 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
     notes: list[str] = []
     caption = _caption(study, mine)
     mine = mine + borrowed(mine, others, notes)
+    if study == "recipes":
+        return recipes.table(name, caption, mine, notes)
     published = _published(study)
     rows: dict[str, list[Record]] = {label: [] for label in published}
     for label, record in sorted(_named(study, mine, set(published), notes), key=lambda pair: natural(pair[0])):
@@ -117,7 +115,7 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
     for label, records in taken.items():
         whose = label if label in published else label.partition(" (")[0]
         hybrid = "(hybrid" in label
-        cells = _cells(records, usable, notes) | ({} if hybrid else _paper_cells(published.get(whose, {})))
+        cells = cells_of(records, usable, notes) | ({} if hybrid else paper_cells(published.get(whose, {})))
         commands = [str(r["provenance.command"]) for r in records if r.get("provenance.command")]
         made.append(Row(label, cells, list(dict.fromkeys(commands)), [r["path"] for r in records],
                         all(recipe_of(r) not in TEACHERS for r in records)))
@@ -162,7 +160,7 @@ def _caption(study: str, records: list[Record]) -> str:
         values = {amount(v) if setting == "budget" else text(v) for v in found}
         ours += [f"{what} {', '.join(sorted(values, key=natural))}"] if values else []
     caption = f"{TITLES[study]}. Ours: {'; '.join(ours)}."
-    if study == "controls":
+    if study in ("controls", "recipes"):
         return caption
     return f"{caption} Paper: {paper.TABLES.get(study, paper.TABLES['main']).caption.rstrip('.')}."
 
@@ -184,113 +182,6 @@ def _published(study: str) -> dict[str, dict[str, Any]]:
     return {"teacher": main["teacher"], **rows}
 
 
-# --- the cells of a row ------------------------------------------------------------------------------------
-
-def _cells(records: list[Record], usable: list[Record], notes: list[str]) -> dict[str, Cell]:
-    if not records:
-        return {}
-    first = records[0]
-    cells: dict[str, Cell | None] = {"ppl": _perplexity(records), "bits_per_byte": _mean(records, "bits_per_byte"),
-                                     "ppl_start": _mean(records, "ppl_start")}
-    ppls = values_of(records, "ppl")
-    if ppls:
-        cells["seeds"] = Cell(1 if recipe_of(first) == "teacher" else len(ppls))
-        for recipe in TEACHERS:
-            if reference := values_of(_references(recipe, first, usable, notes), "ppl"):
-                cells[f"gap_{recipe}_pct"] = Cell(100 * (statistics.fmean(ppls) / statistics.fmean(reference) - 1))
-    cells |= _accuracies(records, _references("teacher", first, usable, []))
-    if "params.total" in first:
-        cells["params_millions"] = Cell(first["params.total"] / 1e6)
-    for stage in (1, 2):
-        if (count := tokens_of(first, stage)) is not None:
-            cells[f"stage{stage}_tokens"] = Cell(count)
-    return {key: cell for key, cell in (cells | _cost(records)).items() if cell is not None}
-
-
-def values_of(records: list[Record], metric: str) -> list[float]:
-    """The metric's value in each record that has it."""
-    return [float(r[f"metrics.{metric}.value"]) for r in records if f"metrics.{metric}.value" in r]
-
-
-def _mean(records: list[Record], metric: str) -> Cell | None:
-    values = values_of(records, metric)
-    return Cell(statistics.fmean(values)) if values else None
-
-
-def _perplexity(records: list[Record]) -> Cell | None:
-    """Mean and standard deviation over seeds; of one, or a teacher (which has none), the standard error."""
-    values = values_of(records, "ppl")
-    if not values:
-        return None
-    if len(values) == 1 or recipe_of(records[0]) == "teacher":
-        errors = [r["metrics.ppl.stderr"] for r in records if "metrics.ppl.stderr" in r]
-        return Cell(statistics.fmean(values), errors[0] if errors else None, one_seed=bool(errors))
-    return Cell(statistics.fmean(values), statistics.stdev(values))
-
-
-def _accuracies(records: list[Record], teachers: list[Record]) -> dict[str, Cell]:
-    """Each task's mean over seeds with the harness's standard error, the mean of all ten, and both minus the teacher's."""
-    cells: dict[str, Cell] = {}
-    for task in paper.TASKS:
-        if values := values_of(records, task):
-            errors = [r[f"metrics.{task}.stderr"] for r in records if f"metrics.{task}.stderr" in r]
-            spread = math.sqrt(statistics.fmean(e * e for e in errors)) if errors else None
-            cells[task] = Cell(statistics.fmean(values), spread)
-            if reference := values_of(teachers, task):
-                cells[f"{task}_minus_teacher"] = Cell(cells[task].value - statistics.fmean(reference))  # type: ignore[operator]
-    for suffix in ("", "_minus_teacher"):
-        of_all = [cells[f"{task}{suffix}"] for task in paper.TASKS if f"{task}{suffix}" in cells]
-        if len(of_all) == len(paper.TASKS):
-            errors = [c.spread for c in of_all if c.spread is not None]
-            spread = math.sqrt(sum(e * e for e in errors)) / len(of_all) if len(errors) == len(of_all) else None
-            cells[f"mean_accuracy{suffix}"] = Cell(statistics.fmean(c.value for c in of_all), spread)  # type: ignore[misc]
-    return cells
-
-
-def _cost(records: list[Record]) -> dict[str, Cell]:
-    """What one seed of the row costs: both stages, whether or not the first was shared with another row."""
-    hours, rates, memory = [], [], []
-    kinds = {r.get("provenance.device_type") for r in records if isinstance(r.get("provenance.device_type"), str)}
-    for r in records:
-        peaks = [v for step in ("stage1", "student") if (v := number(r, f"peak_memory.{step}")) is not None]
-        hours += [sum(seconds.values()) / 3600] if (seconds := device_seconds(r)) else []
-        rates += [rate] if (rate := number(r, "timing.student_tokens_per_second")) is not None else []
-        memory += [max(peaks)] if peaks else []
-    name = "gpu_hours" if kinds == {"cuda"} else "cpu_hours" if kinds == {"cpu"} else ""
-    cells = {name: Cell(statistics.fmean(hours))} if hours and name else {}
-    cells |= {"tokens_per_second": Cell(statistics.fmean(rates))} if rates else {}
-    return cells | ({"peak_memory_gb": Cell(max(memory) / 1e9)} if memory else {})
-
-
-def _references(recipe: str, like: Record, usable: list[Record], notes: list[str]) -> list[Record]:
-    """The teachers to compare `like` with; of several adapted ones, those of as many tokens."""
-    found = [r for r in usable if recipe_of(r) == recipe and comparable(r, like)]
-    if recipe == "adapted_teacher" and found:
-        trained = {tokens_of(r, 2) or 0 for r in found}
-        if len(trained) > 1:
-            found = [r for r in found if tokens_of(r, 2) == tokens_of(like, 2)]
-        elif recipe_of(like) not in TEACHERS and trained != {tokens_of(like, 2)}:
-            notes.append(f"The adapted teacher was trained on {human(min(trained))} tokens, "
-                         "which is not what stage 2 of every row had.")
-    return found
-
-
-def _paper_cells(published: dict[str, Any]) -> dict[str, Cell]:
-    cells = {f"paper_{k}": Cell(v) for k, v in published.items() if k != "remark" and v is not None}
-    gap, remark = paper.gap(published.get("ppl")), published.get("remark", "")
-    if gap is not None:
-        cells["paper_ppl"] = Cell(published["ppl"], remark=remark)
-        cells["paper_gap_teacher_pct"] = Cell(gap, remark=remark)
-    teacher = paper.TABLES["main"].rows["teacher"]
-    accuracies = {t: published[t] for t in paper.TASKS if published.get(t) is not None}
-    if len(accuracies) == len(paper.TASKS):
-        minus = {t: v - teacher[t] for t, v in accuracies.items()}
-        cells |= {f"paper_{t}_minus_teacher": Cell(v) for t, v in minus.items()}
-        cells["paper_mean_accuracy"] = Cell(statistics.fmean(accuracies.values()))
-        cells["paper_mean_accuracy_minus_teacher"] = Cell(statistics.fmean(minus.values()))
-    return cells
-
-
 # --- notes -------------------------------------------------------------------------------------------------
 
 def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
@@ -306,12 +197,11 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
     if any(cell.spread is not None and not cell.one_seed and key == "ppl" for key, cell in cells):
         notes.append("± of a perplexity is the standard deviation over as many seeds as the column says.")
     if any(cell.one_seed for _, cell in cells):
-        notes.append(f"{ONE_SEED} one seed: ± is the standard error over the evaluated sequences.")
+        notes.append(SINGLE)
     if keys & set(paper.TASKS):
         notes.append("± of an accuracy is the evaluation harness's standard error over the items.")
     if any(cell.mark for _, cell in cells):
-        notes.append("Bold, and italic (underlined in LaTeX): the best and second best student, where ahead of the next by more "
-                     "than the error of the difference.")
+        notes.append(BOLD)
     if keys & {"gpu_hours", "cpu_hours"}:
         devices = sorted({str(r["provenance.device"]) for r in usable if "provenance.device" in r})
         notes.append(f"Hours (of one device, times the devices) and tokens/s: both stages of one seed, tokens/s of stage 2, on {', '.join(devices) or '?'}; cells "
@@ -320,7 +210,7 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
         notes.append(f"Columns marked paper: the published figures ({paper.TITLE}, arXiv {paper.ARXIV}) of "
                      f"{paper.TEACHER}, quoted from public reading notes, not results of this project. "
                      "Perplexities of different teachers don't compare; relative gaps do.")
-    if any(not values_of(_references("teacher", r, usable, []), "ppl") for r in usable):
+    if any(not values_of(references("teacher", r, usable, []), "ppl") for r in usable):
         notes.append("A gap is missing where no teacher was measured on the same data, length and sequences.")
     return notes
 

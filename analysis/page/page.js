@@ -234,7 +234,7 @@ function tables() {
 
 // --- plots --------------------------------------------------------------------------------------------------
 
-const SHAPES = { solid: "", dash: "/", dot: ".", dashdot: "x" };
+const SHAPES = { solid: "", dash: "/", dot: ".", dashdot: "x", longdash: "\\", longdashdot: "+" };
 
 function traces(plot) {
   if (plot.heat) {

@@ -149,6 +149,15 @@ def test_csv_leaves_the_papers_row_names_as_they_are():
     assert csv_rows(to_csv([table("+ssm+conv")]))[0]["row"] == "+ssm+conv"
 
 
+def test_a_later_block_has_only_the_rows_that_have_something_in_it():
+    two = table(cell=Cell(30.0))
+    two.columns.append(Column("paper_piqa", "piqa", "acc", "up", block="accuracy"))
+    two.rows.append(Row("published", {"paper_piqa": Cell(70.0)}))
+    rows = [["row", "30.00"], ["published", "–"], ["row", "piqa ↑"], ["published", "70.00"]]
+    assert [r for r in markdown_rows(to_markdown(two)) if "-" not in r[0]][1:] == rows
+    assert len(latex_rows(to_latex(two))) == 5
+
+
 def test_tables_of_one_study_share_a_csv_with_the_columns_of_both():
     other = Table("u", "", [Column("row", "row"), Column("seeds", "seeds", "count")],
                   [Row("r", {"seeds": Cell(2)})], [])

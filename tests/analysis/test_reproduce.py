@@ -56,7 +56,7 @@ def shrunk(arguments, small):
     """The command's settings with one seed, on the small teacher and text; at other scales than the first, two rows."""
     kept = [re.sub(r"^seed=.*", "seed=0", a) for a in arguments if not a.startswith(("data=", "validation="))]
     budget = 1600 if "+study=budget" in arguments else 320  # a hundredth of it, or a tenth, is a step
-    rows = ["row=teacher,hedgemamba"] if "-m" in arguments and any(a.startswith("scale=") for a in arguments) else []
+    rows = ["row=teacher,hedgemamba"] if "+study=main" in arguments and any(a.startswith("scale=") for a in arguments) else []
     return [*kept, *small, *rows, f"default_budget={budget}"]
 
 
@@ -86,7 +86,7 @@ def test_every_command_of_the_page_runs_in_the_order_of_the_page(small, tmp_path
             own = ["--results", "results", "--page", "REPRODUCE.md"] if "reproduce" in command else []
             assert module.main([*arguments[1:], *own]) == 0, (command, capfd.readouterr().err[-2000:])
     made = {str(p.relative_to(tmp_path / "results")) for p in (tmp_path / "results").rglob("*") if p.is_file()}
-    assert {f"{s}/tables/{s}.tex" for s in ("main", "mixer", "split", "budget", "one_step")} <= made
+    assert {f"{s}/tables/{s}.tex" for s in ("main", "mixer", "split", "budget", "one_step", "controls", "scale")} <= made
     assert {"report.html", "claims.md", "split/plots/split.pdf", "mixer/plots/mixer.pdf", "budget/plots/budget.pdf"} <= made
     assert "control: gate 50/50" in (tmp_path / "results/claims.md").read_text()
 

@@ -1,0 +1,114 @@
+"""The table and plot of recipes, against values computed here from the records."""
+
+import math
+import statistics
+
+import pytest
+
+from analysis import make_tables
+from analysis.load import load_records
+from analysis.make_plots import draw
+from analysis.plots import all_plots
+from analysis.rows import records_of
+
+PPLS = {  # row -> budget -> by seed
+    "adapted_teacher": {1000: (20.0, 20.2), 2000: (19.0, 19.1)},
+    "paper": {1000: (40.0, 41.0), 2000: (30.0, 30.5)},
+    "tuned": {1000: (30.0, 30.2), 2000: (26.0, 26.1)},
+    "best": {1000: (25.0, 25.3), 2000: (22.0, 22.2)},
+    "best without KL": {1000: (27.0, 27.3), 2000: (26.05, 26.06)},
+}
+
+
+def add(runs, row, budget, ppls, **settings):
+    recipe = "adapted_teacher" if row == "adapted_teacher" else "two_stage"
+    for seed, ppl in enumerate(ppls):
+        runs.add("recipes", row, ppl, seed=seed, recipe=recipe, one=budget // 10, two=budget - budget // 10, **settings)
+
+
+@pytest.fixture
+def study(runs):
+    runs.teacher("recipes", 24.0)
+    for row, budgets in PPLS.items():
+        for budget, ppls in budgets.items():
+            add(runs, row, budget, ppls, stage2={"lr": {"paper": 3e-4}.get(row, 1e-3 if budget == 1000 else 2e-3)})
+    return runs
+
+
+def test_each_budget_has_perplexity_gap_and_what_is_left_of_the_papers_gap_over_the_seeds(study):
+    rows = study.rows("recipes")
+    assert list(rows) == ["teacher", "adapted_teacher", "paper", "best", "best without KL", "tuned"]
+    for row, budgets in PPLS.items():
+        for budget, name in ((1000, "1k"), (2000, "2k")):
+            ppls, cells = budgets[budget], rows[row]
+            gaps = [math.log(ppl / adapted) for ppl, adapted in zip(ppls, PPLS["adapted_teacher"][budget], strict=True)]
+            assert (cells[f"ppl_{name}"].value, cells[f"ppl_{name}"].spread) == pytest.approx((statistics.mean(ppls), statistics.stdev(ppls)))
+            assert (cells[f"log_gap_{name}"].value, cells[f"log_gap_{name}"].spread) == pytest.approx((statistics.mean(gaps), statistics.stdev(gaps)))
+            assert cells[f"seeds_{name}"].value == 2
+            if row == "adapted_teacher":
+                assert f"left_pct_{name}" not in cells
+                continue
+            papers = [math.log(ppl / adapted) for ppl, adapted in zip(PPLS["paper"][budget], PPLS["adapted_teacher"][budget], strict=True)]
+            left = [100 * gap / of for gap, of in zip(gaps, papers, strict=True)]
+            assert (cells[f"left_pct_{name}"].value, cells[f"left_pct_{name}"].spread) == pytest.approx((statistics.mean(left), statistics.stdev(left)))
+    teacher = statistics.mean(math.log(24.0 / adapted) for adapted in PPLS["adapted_teacher"][1000])
+    assert rows["teacher"]["log_gap_1k"].value == pytest.approx(teacher)
+    assert "left_pct_1k" not in rows["teacher"]
+
+
+def test_the_best_student_is_marked_at_each_budget_and_a_tie_for_second_is_not(study):
+    rows = study.rows("recipes")
+    for key in ("ppl", "log_gap"):
+        assert [rows[row][f"{key}_1k"].mark for row in ("best", "best without KL", "tuned", "adapted_teacher")] == ["best", "second", "", ""]
+        assert [rows[row][f"{key}_2k"].mark for row in ("best", "best without KL", "tuned")] == ["best", "", ""]
+
+
+def test_the_gap_is_over_the_seeds_that_the_adapted_teacher_has_too(study):
+    study.add("recipes", "best", 99.0, seed=7, one=100, two=900, stage2={"lr": 1e-3})
+    cells = study.rows("recipes")["best"]
+    assert cells["seeds_1k"].value == 3
+    assert cells["log_gap_1k"].value == pytest.approx(statistics.mean([math.log(25 / 20), math.log(25.3 / 20.2)]))
+
+
+def test_one_seed_has_the_standard_errors_of_both_over_the_sequences(runs):
+    for row, ppl in (("adapted_teacher", 20.0), ("paper", 40.0)):
+        add(runs, row, 1000, (ppl,))
+    cell = runs.rows("recipes")["paper"]["log_gap_1k"]
+    assert cell.one_seed
+    assert cell.spread == pytest.approx(math.hypot(0.25 / 20, 0.25 / 40))
+    assert runs.notes("recipes", "† one seed")
+
+
+def test_a_budget_without_adapted_teacher_or_paper_row_says_so_and_shows_the_rest(study):
+    add(study, "best", 4000, (21.0, 21.1))
+    assert study.rows("recipes")["best"]["ppl_4k"].value == pytest.approx(21.05)
+    assert "log_gap_4k" not in study.rows("recipes")["best"]
+    assert study.notes("recipes", "No gap at 4k for teacher, best")
+    assert study.notes("recipes", "left at 4k")
+
+
+def test_the_share_is_left_out_where_the_papers_recipe_leaves_no_gap(runs):
+    for row, ppl in (("adapted_teacher", 20.0), ("paper", 19.0), ("best", 18.0)):
+        add(runs, row, 1000, (ppl, ppl))
+    cells = runs.rows("recipes")["best"]
+    assert cells["log_gap_1k"].value == pytest.approx(math.log(18 / 20))
+    assert "left_pct_1k" not in cells
+    assert runs.notes("recipes", "left at 1k")
+
+
+def test_a_row_with_several_settings_at_one_budget_is_a_row_for_each(study):
+    add(study, "best", 1000, (26.0, 26.1), stage2={"lr": 5e-3})
+    assert {"best (stage2.lr=0.001)", "best (stage2.lr=0.005)", "best"} <= set(study.rows("recipes"))  # one setting at 2k
+
+
+def test_the_plot_has_a_bar_for_each_row_and_budget_and_the_files_are_written(study, tmp_path):
+    plots, _ = all_plots(records_of(load_records(study.root)))
+    plot = next(p for p in plots if p.name == "recipes")
+    assert [(s.label, s.colour) for s in plot.series] == [("1k tokens", "hedgemamba"), ("2k tokens", "hedgemamba")]
+    first = plot.series[0]
+    assert first.x == ["paper", "best", "best without KL", "tuned"]
+    assert first.y[1] == pytest.approx(statistics.mean([math.log(25 / 20), math.log(25.3 / 20.2)]))
+    assert plot.note.endswith("Error bars: standard deviation over 2 seeds.")
+    draw(plot).savefig(tmp_path / "recipes.png")
+    assert make_tables.main(["--runs", str(study.root), "--out", str(tmp_path / "out")]) == 0
+    assert "| paper " in (tmp_path / "out/recipes/tables/recipes.md").read_text()
