@@ -112,10 +112,24 @@ def test_without_lm_eval_a_cell_gives_its_perplexity_and_says_what_is_missing(ce
         ({"eval.lengths": [0]}, "eval.lengths="),
         ({"eval.limit": 1}, "eval.limit=1 must be at least 2"),
         ({"eval.tasks": "all", "eval.data": "/nowhere"}, "eval.data=/nowhere has no arc_challenge.jsonl"),
-        ({"eval.lengths": [10**9]}, "eval.lengths=1000000000 is longer than the validation text"),
+        ({"eval.lengths": [1024], "validation_fraction": 0.02}, "eval.lengths=1024 is longer than the validation text"),
         ({"recipe": "teacher", "export": "x"}, "export=x does not go with recipe=teacher"),
     ],
 )
 def test_a_wrong_evaluation_is_refused_in_one_sentence(cell, changes, message):
     with pytest.raises(UserError, match=message):
         cell(changes).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.lengths": [64, 1025]}, "eval.lengths=1025 is longer than the teacher tiny was made for; lower it to 1024 or less"),
+        ({"eval.needle": [1025]}, "eval.needle=1025 is longer than the teacher tiny was made for; lower it to 1024 or less"),
+        ({"eval.generation": True, "seq_len": 31}, "seq_len=31 leaves eval.generation=true nothing to continue"),
+    ],
+)
+def test_a_prompt_longer_than_the_teacher_or_the_text_takes_is_refused_where_the_command_is_typed(cell, changes, message):
+    with pytest.raises(UserError, match=message):
+        cell(changes)
+    cell({"eval.lengths": [1024], "eval.needle": [1024], "eval.generation": True})
