@@ -104,7 +104,7 @@ class Evaluate:
     sequences: int | None = setting(200, "validation sequences for perplexity; null: all", "1000")
     batch_size: int = setting(8, "sequences per evaluation batch", "32")
     tasks: Any = setting(None, "lm-eval tasks: a list, or all (the paper's ten); null: none", "[arc_easy,piqa]")
-    data: str = setting("hub", "items of the tasks: hub, or a folder of <task>.jsonl files, perhaps compressed", "data/eval")
+    data: str = setting("hub", "items of the tasks: hub, or a folder of <task>.jsonl (plain, .xz, .gz, .zst), each line with the fields that the task reads", "data/eval")
     limit: int | None = setting(None, "items of each task; null: all", "50")
     task_batch: int = setting(64, "requests per batch of lm-eval", "16")
     lengths: Any = setting(None, "longer sequences, within what the teacher was made for, whose perplexity is measured by position; null: none", "[512,1024]")

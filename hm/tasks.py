@@ -125,7 +125,8 @@ def task_file(folder: str, name: str) -> Path:
         path = Path(folder).expanduser() / f"{name}.jsonl{suffix}"
         if path.is_file():
             return path
-    raise UserError(f"eval.data={folder} has no {name}.jsonl (plain or with {', '.join(SUFFIXES[1:])}); name a folder that has one, or hub.")
+    fields, packed = ", ".join(TASKS[name].fields), ", ".join(SUFFIXES[1:])
+    raise UserError(f"eval.data={folder} has no {name}.jsonl (plain or with {packed}), of one JSON object per line with {fields}; name a folder that has one, or hub.")
 
 
 def read_items(path: Path, name: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -92,6 +93,19 @@ def test_one_cell_measures_everything_and_can_be_exported_and_loaded(cell, items
     assert cell(EVERYTHING | items | {"export": str(folder)}).run() == record
     with pytest.raises(UserError, match=r"export=.* is not empty and not an export of this cell"):
         cell({"export": str(folder)}).run()
+
+
+def test_fifty_items_of_a_task_are_scored_for_the_tiny_student_in_under_a_minute(cell, tmp_path):
+    choices = {"text": ["in the sea", "on a hill", "under the ice", "in a large city"], "label": ["A", "B", "C", "D"]}
+    questions = [f"A ship with {n} sailors leaves the harbour in the morning. Where is it at noon, if the wind holds?" for n in range(60)]
+    lines = [json.dumps({"question": q, "choices": choices, "answerKey": "ABCD"[i % 4]}) for i, q in enumerate(questions)]
+    (tmp_path / "arc_easy.jsonl").write_text("\n".join(lines))
+    made = cell({"eval.tasks": ["arc_easy"], "eval.data": str(tmp_path), "eval.limit": 50})
+    made.run_step("student")
+    start = time.perf_counter()
+    made.run_step("eval")
+    assert time.perf_counter() - start < 60
+    assert made.run()["metrics"]["arc_easy"]["n"] == 50
 
 
 def test_without_lm_eval_a_cell_gives_its_perplexity_and_says_what_is_missing(cell, items, monkeypatch, capsys):
