@@ -159,3 +159,14 @@ def test_tasks_need_the_package_datasets_only_where_lm_eval_is_there_to_score_th
         tasks.check_data(e)
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     tasks.check_data(e)
+
+
+def test_output_that_is_no_terminal_holds_no_bars_of_other_libraries(folder):
+    code = (
+        "from hm.progress import quiet; quiet()\n"
+        "from hm.tasks import score_tasks; from hm.teacher import load_teacher, load_tokenizer\n"
+        f"print(score_tasks(load_teacher('tiny'), load_tokenizer('tiny'), ['arc_easy'], data={str(folder)!r})['arc_easy']['n'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+    assert "it/s" not in done.stderr
