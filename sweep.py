@@ -160,16 +160,17 @@ def check_choices(argument: str, key: str, known: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="sweeps", config_name="config")
 def main(cfg: DictConfig) -> None:
+    from hm.progress import quiet, say
+
+    quiet()
     from hm import parallel
     from hm.cache import use_cache
     from hm.cell import Cell
     from hm.check import pick_device
     from hm.errors import Interrupted
-    from hm.progress import quiet, say
     from slurm.job import StopRequest
     from slurm.job import leave as leave_job
 
-    quiet()
     typed, store = list(HydraConfig.get().overrides.task), Store(store_folder(cfg.runs))
     use_cache(store.root)
     with StopRequest(30.0, leave_job) as stop:

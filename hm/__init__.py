@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "UserError": "hm.errors",
-    "StudentConfig": "hm.modeling",
+    "StudentConfig": "hm.student_config",
     "StudentForCausalLM": "hm.modeling",
     "convert": "hm.convert",
     "linear_recurrence": "hm.ops",

@@ -1,7 +1,7 @@
 """Makes students known to Transformers' Auto classes once `hm` is imported, without importing PyTorch for that.
 
-Transformers has no way to register a class that isn't loaded yet. So where its Auto classes for models are already
-there, hm.modeling is imported now; else right after they are.
+Transformers has no way to register a class that isn't loaded yet. So where its modules of Auto classes are already
+there, ours are imported now; else each right after the one that it registers with.
 """
 
 import importlib
@@ -13,20 +13,27 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-AUTO = "transformers.models.auto.modeling_auto"
+AFTER = {
+    "transformers.models.auto.configuration_auto": "hm.student_config",
+    "transformers.models.auto.modeling_auto": "hm.modeling",
+}
+"""What is imported after which module of Transformers."""
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself: it lets others find AUTO, and has hm.modeling imported after it."""
+    """Finds nothing itself: it lets others find a module of AFTER, and has ours imported after it."""
+
+    def __init__(self, auto: str) -> None:
+        self.auto = auto
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != AUTO:
+        if name != self.auto:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
-            _then_import(loader, "hm.modeling")
+            _then_import(loader, AFTER[name])
         return spec
 
 
@@ -41,7 +48,8 @@ def _then_import(loader: Loader, module_name: str) -> None:
 
 
 def register() -> None:
-    if AUTO in sys.modules:
-        importlib.import_module("hm.modeling")
-    else:
-        sys.meta_path.insert(0, _Watch())
+    for auto, ours in AFTER.items():
+        if auto in sys.modules:
+            importlib.import_module(ours)
+        else:
+            sys.meta_path.insert(0, _Watch(auto))

@@ -13,36 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hm.adapters import adapter_for
 from hm.errors import UserError
 from hm.mixer import BaseMixer, LayerState, MixerSpec, build_mixer
-
-
-class StudentConfig(PreTrainedConfig):
-    """teacher_config: the teacher's config as a dict; mixer: a `MixerSpec` as a dict; keep_attention: layer indices;
-    recipe: how the student was made (settings, tokens, teacher), for people."""
-
-    model_type = "hedgemamba"
-
-    def __init__(self, teacher_config: dict | None = None, mixer: dict | None = None,
-                 keep_attention: list[int] | None = None, recipe: dict | None = None, **kwargs: Any):  # fmt: skip
-        self.teacher_config = teacher_config or {}
-        self.mixer = mixer or {}
-        self.keep_attention = keep_attention or []
-        self.recipe = recipe or {}
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-                     "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):  # fmt: skip
-            if name in self.teacher_config:
-                kwargs.setdefault(name, self.teacher_config[name])
-        super().__init__(**kwargs)
-
-    def backbone_config(self) -> PreTrainedConfig:
-        values = dict(self.teacher_config)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+from hm.student_config import StudentConfig as StudentConfig
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -179,7 +157,6 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         )  # fmt: skip
 
 
-AutoConfig.register(StudentConfig.model_type, StudentConfig)
 AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)
 
 

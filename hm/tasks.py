@@ -1,6 +1,6 @@
 """The paper's ten zero-shot tasks, scored by lm-eval's own model class on items from the hub or from local files.
 
-lm-eval is an extra (`hedgemamba[eval]`) and is imported only where tasks are scored. Requests are sorted by length
+lm-eval is an extra (`hedgemamba[eval]`) and is imported only where tasks are asked for. Requests are sorted by length
 and one forward pass serves all one-token answers of a prompt: both are lm-eval's. So a score is what its `hf` model
 gives for the same weights, dtype and batch size.
 """
@@ -11,7 +11,8 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
@@ -63,13 +64,52 @@ def installed() -> str | None:
 
 
 def check_data(e: Evaluate) -> None:
-    """Refuse task files that are not there or not whole, before anything is trained.
+    """Refuse task items that can't be had, or are not whole, before anything is trained.
 
     Raises:
-        UserError: the folder or a file is missing, or an item lacks a field.
+        UserError: the folder or a file is missing, or an item lacks a field; the hub gives no items, which are not in the
+            local cache either; lm-eval is there without `datasets`, which it reads items with.
     """
     for name in e.tasks or [] if e.data != "hub" else []:
         read_items(task_file(e.data, name), name)
+    if not e.tasks or installed() is None:
+        return
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"eval.tasks={','.join(e.tasks)} needs the package datasets, which is not installed; run {INSTALL}.")
+    for name in e.tasks if e.data == "hub" else []:
+        check_hub(name)
+
+
+@cache
+def check_hub(name: str) -> None:
+    """Refuse a task whose items the hub does not describe: only that is fetched. In offline mode (HF_HUB_OFFLINE,
+    HF_DATASETS_OFFLINE) the local cache is asked."""
+    import datasets
+
+    source = task_manager([name]).task_index[name].cfg or {}
+    with hub_errors([name]):
+        datasets.load_dataset_builder(source["dataset_path"], source.get("dataset_name"))
+
+
+@contextmanager
+def hub_errors(names: Sequence[str]) -> Iterator[None]:
+    """Turns what `datasets` says of a hub that does not give a data set into a UserError."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .")
+        raise UserError(f"eval.tasks={','.join(names)} can't be had from the hub ({first}); check the connection (and HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), or give eval.data=<folder>.") from error
+
+
+def task_manager(names: Sequence[str]) -> Any:
+    """lm-eval's index of the tasks, from their folders alone."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({f"{Path(lm_eval.__file__).parent}/tasks/{TASKS[n].group}" for n in names})
+    return TaskManager(include_defaults=False, include_path=folders)
 
 
 def fingerprint(e: Evaluate) -> dict[str, Any]:
@@ -85,7 +125,8 @@ def task_file(folder: str, name: str) -> Path:
         path = Path(folder).expanduser() / f"{name}.jsonl{suffix}"
         if path.is_file():
             return path
-    raise UserError(f"eval.data={folder} has no {name}.jsonl (plain or with {', '.join(SUFFIXES[1:])}); name a folder that has one, or hub.")
+    fields, packed = ", ".join(TASKS[name].fields), ", ".join(SUFFIXES[1:])
+    raise UserError(f"eval.data={folder} has no {name}.jsonl (plain or with {packed}), of one JSON object per line with {fields}; name a folder that has one, or hub.")
 
 
 def read_items(path: Path, name: str) -> list[dict[str, Any]]:
@@ -119,13 +160,9 @@ def load_tasks(names: Sequence[str], data: str = "hub", limit: int | None = None
         UserError: the items can't be had.
     """
     import datasets
-    import lm_eval
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    folders = sorted({f"{Path(lm_eval.__file__).parent}/tasks/{TASKS[n].group}" for n in names})
-    manager = TaskManager(include_defaults=False, include_path=folders)
     specs: list[dict[str, Any]] = []
     for name in names:
         metric = {"metric": TASKS[name].metric, "aggregation": "mean", "higher_is_better": True}
@@ -134,10 +171,8 @@ def load_tasks(names: Sequence[str], data: str = "hub", limit: int | None = None
             items = datasets.Dataset.from_list(read_items(task_file(data, name), name)[:limit])
             whole = {"test": items, "validation": items}
             specs[-1] |= {"training_split": None, "custom_dataset": lambda whole=whole, **kwargs: whole}
-    try:
-        return {"tasks": manager.load({"group": "paper", "task": specs})["tasks"]}
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"eval.tasks={','.join(names)} can't be had from the hub ({error}); check the connection, or give eval.data=<folder>.") from error
+    with hub_errors(names) if data == "hub" else nullcontext():
+        return {"tasks": task_manager(names).load({"group": "paper", "task": specs})["tasks"]}
 
 
 def score_tasks(

@@ -97,14 +97,15 @@ class PlanLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Plan all cells, carry the plan out, print the tables, name the cells that failed. Leaves with status 2 on a
         wrong setting, 1 if a cell failed, 130 if it was interrupted."""
-        from hm.inputs import Inputs
         from hm.progress import quiet
+
+        quiet()
+        from hm.inputs import Inputs
         from hm.provenance import command_line
         from slurm.offline import OfflineInputs
         from slurm.plan import describe, make_plan
         from sweep import leave
 
-        quiet()
         try:
             only_plan = bool(self.config.plan)
             planned = list(self.cells(job_overrides, OfflineInputs() if only_plan else Inputs()))

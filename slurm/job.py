@@ -92,6 +92,9 @@ def run(task: Task, stop: Callable[[], bool]) -> None:
         UserError: what the step itself raises; or this machine's inputs give another key than the plan's.
         Interrupted: `stop` said True, and the state was saved.
     """
+    from hm.progress import quiet
+
+    quiet()
     from hm import parallel
     from hm.cache import use_cache
     from hm.check import pick_device

@@ -127,11 +127,9 @@ def work(task: Task, slot: int, threads: int, gpus: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     import torch
 
-    from hm.progress import quiet
     from hm.train import Interrupted
 
     torch.set_num_threads(threads)
-    quiet()
     threading.Thread(target=_end_with_sweep, daemon=True).start()
     with StopRequest(task.grace, os._exit) as stop:
         try:

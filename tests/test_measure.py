@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -94,6 +95,19 @@ def test_one_cell_measures_everything_and_can_be_exported_and_loaded(cell, items
         cell({"export": str(folder)}).run()
 
 
+def test_fifty_items_of_a_task_are_scored_for_the_tiny_student_in_under_a_minute(cell, tmp_path):
+    choices = {"text": ["in the sea", "on a hill", "under the ice", "in a large city"], "label": ["A", "B", "C", "D"]}
+    questions = [f"A ship with {n} sailors leaves the harbour in the morning. Where is it at noon, if the wind holds?" for n in range(60)]
+    lines = [json.dumps({"question": q, "choices": choices, "answerKey": "ABCD"[i % 4]}) for i, q in enumerate(questions)]
+    (tmp_path / "arc_easy.jsonl").write_text("\n".join(lines))
+    made = cell({"eval.tasks": ["arc_easy"], "eval.data": str(tmp_path), "eval.limit": 50})
+    made.run_step("student")
+    start = time.perf_counter()
+    made.run_step("eval")
+    assert time.perf_counter() - start < 60
+    assert made.run()["metrics"]["arc_easy"]["n"] == 50
+
+
 def test_without_lm_eval_a_cell_gives_its_perplexity_and_says_what_is_missing(cell, items, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "installed", lambda: None)
     made = cell(items)
@@ -112,10 +126,24 @@ def test_without_lm_eval_a_cell_gives_its_perplexity_and_says_what_is_missing(ce
         ({"eval.lengths": [0]}, "eval.lengths="),
         ({"eval.limit": 1}, "eval.limit=1 must be at least 2"),
         ({"eval.tasks": "all", "eval.data": "/nowhere"}, "eval.data=/nowhere has no arc_challenge.jsonl"),
-        ({"eval.lengths": [10**9]}, "eval.lengths=1000000000 is longer than the validation text"),
+        ({"eval.lengths": [1024], "validation_fraction": 0.02}, "eval.lengths=1024 is longer than the validation text"),
         ({"recipe": "teacher", "export": "x"}, "export=x does not go with recipe=teacher"),
     ],
 )
 def test_a_wrong_evaluation_is_refused_in_one_sentence(cell, changes, message):
     with pytest.raises(UserError, match=message):
         cell(changes).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.lengths": [64, 1025]}, "eval.lengths=1025 is longer than the teacher tiny was made for; lower it to 1024 or less"),
+        ({"eval.needle": [1025]}, "eval.needle=1025 is longer than the teacher tiny was made for; lower it to 1024 or less"),
+        ({"eval.generation": True, "seq_len": 31}, "seq_len=31 leaves eval.generation=true nothing to continue"),
+    ],
+)
+def test_a_prompt_longer_than_the_teacher_or_the_text_takes_is_refused_where_the_command_is_typed(cell, changes, message):
+    with pytest.raises(UserError, match=message):
+        cell(changes)
+    cell({"eval.lengths": [1024], "eval.needle": [1024], "eval.generation": True})

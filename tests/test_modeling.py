@@ -309,13 +309,30 @@ def test_a_student_whose_weights_are_not_all_there_is_refused(make_teacher, make
         load_student(str(tmp_path))
 
 
-def test_auto_classes_know_a_student_once_its_module_is_imported(make_teacher, make_student, tmp_path):
-    make_student(make_teacher("neox")).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("first", "name"),
+    [
+        ("import hm", "AutoConfig"),
+        ("import transformers, hm", "AutoConfig"),
+        ("from transformers import AutoConfig\nimport hm", "AutoConfig"),
+        ("import hm", "AutoModelForCausalLM"),
+        ("from transformers import AutoConfig\nimport hm", "AutoModelForCausalLM"),
+        ("import hm.modeling", "AutoModelForCausalLM"),
+    ],
+)
+def test_an_auto_class_knows_a_student_once_hm_is_imported(first, name, student_folder):
     code = (
-        "import hm.modeling\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
-        "assert type(model).__name__ == 'StudentForCausalLM'\n"
+        f"{first}\n"
+        f"from transformers import {name}\n"
+        f"print(type({name}.from_pretrained({student_folder!r})).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    expected = {"AutoConfig": "StudentConfig", "AutoModelForCausalLM": "StudentForCausalLM"}[name]
+    assert done.stdout.split() == [expected], done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def student_folder(make_teacher, make_student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    make_student(make_teacher("neox")).save_pretrained(folder)
+    return str(folder)

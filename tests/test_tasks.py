@@ -2,6 +2,9 @@
 
 import json
 import lzma
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -90,7 +93,7 @@ def test_a_missing_file_field_or_folder_is_refused_before_anything_is_trained(tm
         tasks.check_data(bad(tmp_path, "piqa", sol2=None))
     with pytest.raises(UserError, match=r"boolq.jsonl:2 has no 'label'"):
         tasks.check_data(bad(tmp_path, "boolq", label="1"))
-    with pytest.raises(UserError, match=rf"{tmp_path} has no race.jsonl"):
+    with pytest.raises(UserError, match=rf"{tmp_path} has no race.jsonl \(plain or with .xz, .gz, .zst\), .* with article, problems; name a folder"):
         tasks.check_data(Evaluate(tasks=["race"], data=str(tmp_path)))
     (tmp_path / "race.jsonl").write_text("")
     with pytest.raises(UserError, match=r"race.jsonl has 0 items"):
@@ -124,3 +127,46 @@ def test_the_scores_key_holds_the_items_and_not_where_they_lie(folder, tmp_path)
     copy = bad(tmp_path, "piqa")
     assert tasks.fingerprint(copy) == before
     assert tasks.fingerprint(bad(tmp_path, "piqa", goal="keep ice cold")) != before
+
+
+CHECK = "from hm.config import Evaluate; from hm.tasks import check_data; check_data(Evaluate(tasks=['arc_easy']))"
+
+
+@pytest.mark.parametrize(("switch", "other"), [("HF_HUB_OFFLINE", None), ("HF_DATASETS_OFFLINE", "ARC-Challenge")])
+def test_offline_items_of_the_hub_are_had_from_the_cache_or_refused_before_anything_is_trained(tmp_path, switch, other):
+    def check():
+        env = os.environ | {switch: "1", "HF_HOME": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, check=False)
+
+    def cache(config):
+        place = tmp_path / "datasets" / "allenai___ai2_arc" / config / "0.0.0" / "0"
+        place.mkdir(parents=True)
+        (place / "dataset_info.json").write_text(json.dumps({"config_name": config, "dataset_name": "ai2_arc", "version": "0.0.0"}))
+
+    if other:
+        cache(other)
+    assert "UserError: eval.tasks=arc_easy can't be had from the hub" in check().stderr
+    cache("ARC-Easy")
+    found = check()
+    assert found.returncode == 0, found.stderr[-2000:]
+
+
+def test_tasks_need_the_package_datasets_only_where_lm_eval_is_there_to_score_them(folder, monkeypatch):
+    e = Evaluate(tasks=["piqa"], data=str(folder))
+    found = tasks.importlib.util.find_spec
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None if name == "datasets" else found(name))
+    with pytest.raises(UserError, match=r"eval.tasks=piqa needs the package datasets, .* pip install 'hedgemamba\[eval\]'"):
+        tasks.check_data(e)
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    tasks.check_data(e)
+
+
+def test_output_that_is_no_terminal_holds_no_bars_of_other_libraries(folder):
+    code = (
+        "from hm.progress import quiet; quiet()\n"
+        "from hm.tasks import score_tasks; from hm.teacher import load_teacher, load_tokenizer\n"
+        f"print(score_tasks(load_teacher('tiny'), load_tokenizer('tiny'), ['arc_easy'], data={str(folder)!r})['arc_easy']['n'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+    assert "it/s" not in done.stderr
