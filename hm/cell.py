@@ -40,6 +40,7 @@ from hm.progress import progress_bar, say
 from hm.provenance import provenance
 from hm.record import write_record
 from hm.store import Store, atomic_write, content_key, to_json
+from hm.tasks import ask_hub
 from hm.teacher import load_teacher
 from hm.tracking import Watch, open_trackers
 from hm.train import Run, train
@@ -381,6 +382,7 @@ class Cell:
         if self.s.force:
             parallel.on_main(self.forget)
         say(f"{self.s.study}/{self.name}: {self.summary()}")
+        ask_hub(self.s.eval)
         started = provenance()["started"]
         for kind in self.step_keys():
             self.run_step(kind)

@@ -33,7 +33,8 @@ def check(settings: Settings, device: torch.device | None = None, inputs: Inputs
     longest = max_seq_len(config)
     if s.seq_len > longest:
         raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
-    check_prompts(s, longest)
+    if s.eval.generation and s.seq_len < PROMPT:
+        raise UserError(f"seq_len={s.seq_len} leaves eval.generation=true nothing to continue beyond its prompt of {PROMPT} tokens; raise it to {PROMPT} or more, or leave eval.generation out.")
     if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
         raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
     if device is None:
@@ -43,17 +44,6 @@ def check(settings: Settings, device: torch.device | None = None, inputs: Inputs
     data_exists(s)
     check_data(s.eval)
     return s
-
-
-def check_prompts(s: Settings, longest: int) -> None:
-    """Refuse an evaluation whose prompts the teacher, of at most `longest` positions, can't see: a student keeps no keys, but
-    its rotary positions beyond are as untrained. Items of tasks are cut to fit (`hm.tasks`); recall stays below seq_len."""
-    for name in ("lengths", "needle"):
-        asked = max(getattr(s.eval, name) or [0])
-        if asked > longest:
-            raise UserError(f"eval.{name}={asked} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
-    if s.eval.generation and s.seq_len < PROMPT:
-        raise UserError(f"seq_len={s.seq_len} leaves eval.generation=true nothing to continue beyond its prompt of {PROMPT} tokens; raise it to {PROMPT} or more, or leave eval.generation out.")
 
 
 def data_exists(s: Settings) -> None:

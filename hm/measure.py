@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hm import tasks
+from hm.adapters import max_seq_len
 from hm.config import Settings
 from hm.data import TokenDataset, validation_batches
 from hm.diagnostics import diagnose
@@ -60,6 +61,9 @@ def measure(
     """
     e = s.eval
     found: dict[str, Any] = {}
+    beyond = [f"eval.{n}={max(v)}" for n, v in (("lengths", e.lengths), ("needle", e.needle)) if max(v or [0]) > max_seq_len(model.config)]
+    if beyond:
+        say(f"{', '.join(beyond)}: beyond the {max_seq_len(model.config)} positions that the teacher was made for, where it extrapolates")
     per_token = held.text_bytes / len(held)
     few = list(validation_batches(held, s.seq_len, e.batch_size, min(e.sequences or 64, 64)))
     if e.stride:
@@ -87,9 +91,10 @@ def measure(
 
 def perplexity_beyond(model: PreTrainedModel, s: Settings, held: TokenDataset, precision: str) -> dict[str, Any]:
     """Perplexity at each of eval.lengths, and by position at the longest. Each length sees about as many tokens as
-    the perplexity at the training length does."""
+    the perplexity at the training length does. `made_for`: the positions of the teacher; what is longer is extrapolation, of its rotary positions too."""
     budget = (s.eval.sequences or held.num_blocks(s.seq_len)) * s.seq_len
     at_length: dict[str, list] = {"lengths": sorted(s.eval.lengths), "ppl": [], "stderr": [], "bits_per_byte": []}
+    made_for = max_seq_len(model.config)
     losses: list[torch.Tensor] = []
     for length in at_length["lengths"]:
         batches = validation_batches(held, length, 1, max(2, budget // length))
@@ -98,4 +103,4 @@ def perplexity_beyond(model: PreTrainedModel, s: Settings, held: TokenDataset, p
         at_length["ppl"].append(total["ppl"]["value"])
         at_length["stderr"].append(total["ppl"].get("stderr"))
         at_length["bits_per_byte"].append(total["bits_per_byte"]["value"])
-    return {"ppl_at_length": at_length, "ppl_by_position": by_position(losses)}
+    return {"ppl_at_length": at_length | {"made_for": made_for}, "ppl_by_position": by_position(losses)}

@@ -67,8 +67,7 @@ def check_data(e: Evaluate) -> None:
     """Refuse task items that can't be had, or are not whole, before anything is trained.
 
     Raises:
-        UserError: the folder or a file is missing, or an item lacks a field; the hub gives no items, which are not in the
-            local cache either; lm-eval is there without `datasets`, which it reads items with.
+        UserError: the folder or a file is missing, or an item lacks a field; lm-eval is there without `datasets`, which it reads items with.
     """
     for name in e.tasks or [] if e.data != "hub" else []:
         read_items(task_file(e.data, name), name)
@@ -76,7 +75,15 @@ def check_data(e: Evaluate) -> None:
         return
     if importlib.util.find_spec("datasets") is None:
         raise UserError(f"eval.tasks={','.join(e.tasks)} needs the package datasets, which is not installed; run {INSTALL}.")
-    for name in e.tasks if e.data == "hub" else []:
+
+
+def ask_hub(e: Evaluate) -> None:
+    """Refuse tasks that the hub does not give, before anything is trained. Without lm-eval none is asked for.
+
+    Raises:
+        UserError: the hub gives no items, which are not in the local cache either.
+    """
+    for name in e.tasks or [] if e.data == "hub" and installed() is not None else []:
         check_hub(name)
 
 

@@ -102,6 +102,7 @@ class PlanLauncher(Launcher):
         quiet()
         from hm.inputs import Inputs
         from hm.provenance import command_line
+        from hm.tasks import ask_hub
         from slurm.offline import OfflineInputs
         from slurm.plan import describe, make_plan
         from sweep import leave
@@ -121,6 +122,8 @@ class PlanLauncher(Launcher):
                 plan = make_plan(planned)
             outcome = None
             if plan.to_do():
+                for cell in (cells[step.cells[0]] for step in plan.to_do() if step.kind == "eval"):
+                    ask_hub(cell.s.eval)
                 plan.save(next(iter(cells.values())).store, command_line())
                 outcome = self.carry_out(plan, cells, command_line())
             finish(cells, plan, outcome)

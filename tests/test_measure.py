@@ -135,15 +135,17 @@ def test_a_wrong_evaluation_is_refused_in_one_sentence(cell, changes, message):
         cell(changes).run()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"eval.lengths": [64, 1025]}, "eval.lengths=1025 is longer than the teacher tiny was made for; lower it to 1024 or less"),
-        ({"eval.needle": [1025]}, "eval.needle=1025 is longer than the teacher tiny was made for; lower it to 1024 or less"),
-        ({"eval.generation": True, "seq_len": 31}, "seq_len=31 leaves eval.generation=true nothing to continue"),
-    ],
-)
-def test_a_prompt_longer_than_the_teacher_or_the_text_takes_is_refused_where_the_command_is_typed(cell, changes, message):
-    with pytest.raises(UserError, match=message):
-        cell(changes)
-    cell({"eval.lengths": [1024], "eval.needle": [1024], "eval.generation": True})
+def test_a_generation_that_has_nothing_to_continue_is_refused_where_the_command_is_typed(cell):
+    with pytest.raises(UserError, match=r"seq_len=31 leaves eval\.generation=true nothing to continue"):
+        cell({"eval.generation": True, "seq_len": 31})
+    cell({"eval.generation": True})
+
+
+@pytest.mark.parametrize("recipe", ["teacher", "two_stage"])
+def test_lengths_beyond_the_teacher_are_measured_and_marked_as_such(cell, recipe, capsys):
+    metrics = cell({"recipe": recipe, "eval.lengths": [64, 1100], "eval.needle": [1100]}).run()["metrics"]
+    assert metrics["ppl_at_length"]["made_for"] == 1024
+    assert metrics["ppl_by_position"]["positions"][-1] == 1100
+    assert "1100" in str(metrics["needle"])
+    said = "eval.lengths=1100, eval.needle=1100: beyond the 1024 positions that the teacher was made for"
+    assert said in "".join(capsys.readouterr())

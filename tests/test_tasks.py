@@ -129,7 +129,7 @@ def test_the_scores_key_holds_the_items_and_not_where_they_lie(folder, tmp_path)
     assert tasks.fingerprint(bad(tmp_path, "piqa", goal="keep ice cold")) != before
 
 
-CHECK = "from hm.config import Evaluate; from hm.tasks import check_data; check_data(Evaluate(tasks=['arc_easy']))"
+CHECK = "from hm.config import Evaluate; from hm.tasks import ask_hub; ask_hub(Evaluate(tasks=['arc_easy']))"
 
 
 @pytest.mark.parametrize(("switch", "other"), [("HF_HUB_OFFLINE", None), ("HF_DATASETS_OFFLINE", "ARC-Challenge")])

@@ -105,7 +105,7 @@ def test_sizes_counted_without_weights_are_those_of_the_converted_student(make_t
     counts = report(convert(teacher, mixer, keep_attention=[1])).counts
     assert sizes.student == counts["total"]
     assert sizes.embeddings == counts["by_part"]["embeddings"]
-    assert sizes.maps == counts["by_part"]["feature map"]
+    assert sizes.stage1 == counts["by_part"]["feature map"]
 
 
 def test_hours_come_from_the_nearest_measured_row_where_there_is_one(cell, tmp_path):
