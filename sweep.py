@@ -68,7 +68,8 @@ def plain_of(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
 
 
 def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
-    """The settings of one cell: defaults, scale and study, then what was typed, then its row's own.
+    """The settings of one cell: defaults, scale and study, then what was typed, then its row's own. A typed recipe= is for the
+    rows that name none.
 
     Raises:
         UserError: a row that the study doesn't have, or a typed setting that the study's rows differ in.
@@ -83,7 +84,7 @@ def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
         names = {o.split("=")[0].lstrip("+~") for o in typed}
         for name, value in rows[row].items():
             deciding = [r for r, own_settings in rows.items() if name in own_settings]
-            if name in names and len(deciding) > 1:
+            if name in names - {"recipe"} and len(deciding) > 1:
                 raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
         own = dict(rows[row])
         if "recipe" in own:  # a row may name a file of sweeps/recipe/, as the command line may
