@@ -1,8 +1,8 @@
 """Decoding at constant shapes: one token per call as one CUDA graph, for a student and for a Transformer.
 
 A student's recurrent state is the traffic that decoding adds to reading the weights: per layer and sequence
-H * N * (P + 1) numbers in float32, read once and written once. So it lives in one buffer that a Triton kernel updates
-in place and reads out in the same pass. `hm.ops.step` is the definition, and what runs where there is no GPU.
+H * N * (P + 1) numbers in float32, read once and written once. So it lives in one buffer, its rows filled up to whole
+memory sectors, that a Triton kernel updates in place and reads out in the same pass. `hm.ops.step` is the definition, and what runs where there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from hm.mixer import CONV_WIDTH, BaseMixer, MambaMixer
 from hm.modeling import RecurrentLayer, StudentCache, StudentForCausalLM
 from hm.ops import step
 from hm.ops.recurrent import divide
+
+SECTOR = 8  # float32 numbers in the 32 bytes that a GPU's memory moves at once
+PROGRAMS = 512  # of the kernel, where a small batch would leave most of a GPU's 100 to 150 processors without work
 
 
 class StaticState:
@@ -95,7 +98,7 @@ def made_up_cache(model: PreTrainedModel, batch: int, context: int) -> Cache:
         decay = getattr(getattr(mixer, "ssm", None), "A", None)
         denominators = s.head_dim if decay is not None and decay.dim() == 3 else 1  # one per channel, or one per head
         states, channels = (s.head_dim, s.head_dim) if block else (2 * s.head_dim, s.head_dim + denominators)
-        ssm = torch.rand(batch, s.num_heads, states, channels, device=model.device)
+        ssm = torch.rand(batch, s.num_heads, states, -(-channels // SECTOR) * SECTOR, device=model.device)[..., :channels]
         layer = cache.layers[mixer.layer_idx]
         assert isinstance(layer, RecurrentLayer)
         layer.state = StaticState(conv, ssm)  # type: ignore[assignment]
@@ -103,10 +106,10 @@ def made_up_cache(model: PreTrainedModel, batch: int, context: int) -> Cache:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """What a cache of `made_up_cache` holds."""
+    """What a cache of `made_up_cache` holds, the filling of rows included."""
     held: list[Any] = [layer.state if isinstance(layer, RecurrentLayer) else layer for layer in cache.layers]
     tensors = [getattr(x, name, None) for x in held for name in ("conv", "ssm", "keys", "values")]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
 
 class Decoder:
@@ -160,16 +163,20 @@ def recur_in_place(mixer: BaseMixer, q: Tensor, k: Tensor, v: Tensor, delta: Ten
 def step_in_place(state: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor | None, A: Tensor | None,
                   normalize: bool) -> Tensor:  # fmt: skip
     """`hm.ops.step` with one decay per head, by Triton. state (B, H, N, C) float32, C = P + 1 if `normalize` else P, is
-    updated; returns y (B, H, P) in the dtype of v."""
+    updated; its rows may be a part of longer ones, whose rest is overwritten. Returns y (B, H, P) in the dtype of v."""
     from hm.decode_kernel import kernel  # Triton need not be installed where there is no GPU
 
     B, H, N, C = state.shape
     delta = state.new_ones(B, H) if delta is None else delta.float()
     decay = torch.ones_like(delta) if A is None else torch.exp(-delta * A.float())
-    y = torch.empty(B, H, C, device=state.device)
-    block_n, block_c = 64, 32
-    kernel[(B * H, -(-C // block_c))](
+    row, block_n, block_c = state.stride(2), 64, 32
+    assert state.stride() == (H * N * row, N * row, row, 1)
+    blocks = -(-C // block_c)
+    parts = max(1, min(-(-N // block_n), PROGRAMS // (B * H * blocks)))
+    y = torch.empty(B, H, parts, C, device=state.device)
+    kernel[(B * H, blocks, parts)](
         state, q.contiguous(), k.contiguous(), v.contiguous(), delta.contiguous(), decay.contiguous(), y, H, H // k.shape[1],
-        N, v.shape[-1], C, BLOCK_N=block_n, BLOCK_C=block_c,
+        N, v.shape[-1], C, ROW=row, BLOCK_N=block_n, BLOCK_C=block_c,
     )  # fmt: skip
+    y = y.sum(2)
     return (divide(y) if normalize else y).to(v.dtype)

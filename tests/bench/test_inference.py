@@ -44,13 +44,16 @@ import torch
 from hm.decode import step_in_place
 from hm.ops import step
 for B, H, G, N, P, normalize, delta, A in [(2, 4, 2, 32, 16, True, 1, 1), (1, 2, 2, 130, 65, True, 0, 0),
-                                           (3, 2, 1, 64, 33, False, 1, 1), (1, 2, 2, 8, 31, True, 1, 0)]:
+                                           (3, 2, 1, 64, 33, False, 1, 1), (1, 2, 2, 8, 31, True, 1, 0),
+                                           (16, 16, 8, 96, 40, True, 1, 1)]:
     q, k, v = torch.rand(B, H, N), torch.rand(B, G, N), torch.randn(B, G, P)
     delta, A = torch.rand(B, H) if delta else None, torch.rand(H) if A else None
     state = torch.rand(B, H, N, P + normalize)
     y, new = step(state, q, k, v, delta, A, normalize)
-    torch.testing.assert_close(step_in_place(state, q, k, v, delta, A, normalize), y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state, new)
+    padded = torch.cat([state, torch.full((B, H, N, 7), torch.nan)], -1)[..., : P + normalize]
+    for kept in (state, padded):
+        torch.testing.assert_close(step_in_place(kept, q, k, v, delta, A, normalize), y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, new)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env={"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(filter(None, sys.path))},
@@ -72,8 +75,8 @@ def test_a_students_state_is_as_large_at_every_context_and_a_teachers_cache_grow
         assert row["decode_tokens_per_second"] == pytest.approx(row["batch"] / row["seconds_per_token"])
         assert row["prefill_tokens_per_second"] == pytest.approx(row["batch"] * row["context"] / row["prefill_seconds"])
     held = {key: row["state_bytes_per_sequence"] for key, row in table.items()}
-    layers, heads, d = 2, 4, 16
-    assert {held["student", c, b] for c, b in ((64, 2), (256, 2), (64, 4))} == {4 * layers * (heads * 2 * d * (d + 1) + 3 * heads * d)}
+    layers, heads, d, row = 2, 4, 16, 24  # a row of d + 1 numbers, filled up to whole sectors of 8
+    assert {held["student", c, b] for c, b in ((64, 2), (256, 2), (64, 4))} == {4 * layers * (heads * 2 * d * row + 3 * heads * d)}
     assert {c: held["teacher", c, 2] for c in (64, 256)} == {c: 4 * layers * 2 * heads * d * c for c in (64, 256)}
 
 
