@@ -71,6 +71,23 @@ def test_a_teachers_scores_are_those_of_lm_evals_own_model_on_the_same_items(fol
     assert ours["boolq"]["version"] == 2.0
 
 
+def test_of_long_prompts_only_the_logits_of_the_answers_are_made():
+    from lm_eval.models.huggingface import HFLM
+
+    from hm.scorer import AnswerScorer
+
+    model, kept = load_teacher("tiny"), []
+    args = {"pretrained": model, "backend": "causal", "tokenizer": load_tokenizer("tiny"), "batch_size": 4, "max_length": 64}
+    answers = ([5], [3, 0], [0], [0, 0])  # zeros are also what rows are padded with
+    requests = [(("", ""), [7 + n] * 40, answers[n % 4]) for n in range(8)]
+    expected = HFLM(**args)._loglikelihood_tokens(requests, disable_tqdm=True)
+    model.register_forward_pre_hook(lambda m, args, kwargs: kept.append(kwargs["logits_to_keep"]), with_kwargs=True)
+    found = AnswerScorer(**args)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert found == [(pytest.approx(value, rel=1e-6), greedy) for value, greedy in expected]
+    assert len(kept) == 2
+    assert max(kept) == 2
+
+
 def test_a_limit_takes_the_first_items_and_a_prompt_that_does_not_fit_is_cut_and_counted(folder, make_student, tmp_path):
     student, tokenizer = make_student(load_teacher("tiny")), load_tokenizer("tiny")
     found = score_tasks(student, tokenizer, ["arc_easy"], data=str(folder), limit=2)["arc_easy"]
