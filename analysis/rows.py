@@ -27,11 +27,11 @@ OPERATIONAL = {f"settings.{s}" for s in (
     "seed", "study", "row", "scale", "force", "device", "scan", "compile", "checkpoint_every", "log_every", "export",
     "default_budget", "checkpointing", "tracker", "stage1.micro_batch", "stage2.micro_batch")}
 # Settings that older records lack, with the value that they had in effect.
-SINCE = {"settings.decay": "head"}
+SINCE = {"settings.decay": "head", "settings.ssm_init": "exact", "settings.stage1.train": "maps", "settings.stage1.loss": "cosine"}
 # Settings that a recipe doesn't read.
-UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "decay", "stage1.", "feature_map.", "mamba.",
+UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "decay", "ssm_init", "stage1.", "feature_map.", "mamba.",
                                                 "keep_attention"),
-          "one_step": ("mixer", "ssm", "conv", "gate", "decay", "stage1.", "feature_map.")}
+          "one_step": ("mixer", "ssm", "conv", "gate", "decay", "ssm_init", "stage1.", "feature_map.")}
 
 
 def records_of(frame: pd.DataFrame) -> list[Record]:

@@ -112,7 +112,8 @@ class Cell:
             what |= {"mixer": s.mixer, "mamba": vars(s.mamba)}
         elif KINDS[s.mixer] is not Mixer:  # a name of a plain one says no more than its parts
             what["mixer"] = s.mixer
-        return what if s.decay == "head" else what | {"decay": s.decay}
+        varied = {"decay": (s.decay, "head"), "ssm_init": (s.ssm_init, "exact")}
+        return what | {name: value for name, (value, default) in varied.items() if value != default}
 
     @cached_property
     def student_key(self) -> str | None:
@@ -155,7 +156,7 @@ class Cell:
             named = {tuple(p.values()): m for m, p in reversed(MIXERS.items()) if KINDS[m] is Mixer}
             parts = (bool(s.ssm), bool(s.conv), bool(s.gate))
             mixer = s.mixer if KINDS[s.mixer] is not Mixer else named.get(parts, self.parts.strip("+").replace("+", "_"))
-            base = f"{mixer}{'-channel' if s.decay == 'channel' else ''}-{share:.3g}-{100 - share:.3g}"
+            base = f"{mixer}{'-channel' if s.decay == 'channel' else ''}{'-decay' if s.ssm_init == 'decay' else ''}-{share:.3g}-{100 - share:.3g}"
         else:
             base = s.recipe
         base += "-hybrid" if self.is_student and s.keep_attention else ""
@@ -223,7 +224,7 @@ class Cell:
         if s.mixer == "mamba":
             return convert(teacher, "mamba", keep_attention=kept, copy_projections=s.mamba.copy_projections, scan=s.scan, seed=s.seed)
         return convert(teacher, "hedgehog" if plain else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
-                       decay="head" if plain else s.decay, scan=s.scan, seed=s.seed)
+                       decay="head" if plain else s.decay, ssm_init="exact" if plain else s.ssm_init, scan=s.scan, seed=s.seed)
 
     @contextmanager
     def watched(self, name: str, work: Path, key: str, steps: int, stage: Any) -> Iterator[Run]:

@@ -36,6 +36,7 @@ LOSSES = ("ce", "kl", "ce+kl")
 TRAINED = ("maps", "mixer")
 ALIGNMENTS = ("cosine", "mse")
 DECAYS = ("head", "channel")
+SSM_INITS = ("exact", "decay")
 SCANS = ("auto", "fused", "ssd", "selective_scan", "chunked", "recurrent", "naive")
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "seq_len": (2, math.inf), "checkpoint_every": (1, math.inf),
@@ -154,6 +155,7 @@ class Settings:
     conv: bool | None = setting(None, "switch the convolution on or off; null: as the mixer says", "false")
     gate: bool | None = setting(None, "switch the gate on or off; null: as the mixer says", "true")
     decay: str = setting("head", "decay of the SSM: one per head (Mamba-2) or per channel and state (Mamba-1)", "channel", DECAYS)
+    ssm_init: str = setting("exact", "start of the SSM: exact (nothing decays, linear attention) or decay (memories of 10 to 1000 tokens, from head to head)", "decay", SSM_INITS)
     budget: Any = setting(None, "tokens of both stages together, or a part of default_budget", "20M")
     stage1_tokens: Any = setting(None, "tokens of stage 1, or a part of the budget", "10%")
     stage2_tokens: Any = setting(None, "tokens of stage 2, or a part of the budget", "18M")
@@ -208,7 +210,7 @@ class Settings:
             s.mixer = "mamba"
         elif s.mixer == "mamba" and s.recipe == "two_stage":
             raise UserError("mixer=mamba has no structured start, so it takes recipe=one_step, not recipe=two_stage.")
-        check_decay(s.mixer, s.decay)
+        check_ssm(s.mixer, s.decay, s.ssm_init)
         s.eval = self.eval.resolve()
         if s.export is not None and s.recipe == "teacher":
             raise UserError(f"export={s.export} does not go with recipe=teacher, which trains nothing; leave it out.")
@@ -219,7 +221,7 @@ class Settings:
                 raise UserError(f"{part}=false can't be had with mixer=mamba, which is a whole block; leave {part} out.")
             setattr(s, part, parts[part] if typed is None else typed)
         if not s.ssm:
-            s.decay = "head"  # nothing decays
+            s.decay, s.ssm_init = "head", "exact"  # nothing decays
         for name, stage in (("stage1", s.stage1), ("stage2", s.stage2)):
             if stage.micro_batch is not None and (stage.micro_batch < 1 or stage.batch_size % stage.micro_batch):
                 raise UserError(f"{name}.micro_batch={stage.micro_batch} must divide {name}.batch_size={stage.batch_size}.")
@@ -335,9 +337,12 @@ def split_tokens(s: Settings) -> tuple[int, int, int]:
     return budget, one, two  # type: ignore[return-value]
 
 
-def check_decay(mixer: str, decay: str) -> None:
-    """Raise a UserError for a decay that is unknown or that the mixer can't have."""
+def check_ssm(mixer: str, decay: str, ssm_init: str = "exact") -> None:
+    """Raise a UserError for a decay or a start that is unknown or that the mixer can't have."""
     check_choice("decay", decay, DECAYS)
+    check_choice("ssm_init", ssm_init, SSM_INITS)
+    if mixer == "mamba" and ssm_init != "exact":
+        raise UserError(f"ssm_init={ssm_init} can't be had with mixer=mamba, which has Mamba-2's own start; leave ssm_init out.")
     if mixer == "mamba" and decay != "head":
         raise UserError(f"decay={decay} can't be had with mixer=mamba, which is Mamba-2's block with one decay per head; leave decay out.")
 

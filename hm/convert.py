@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hm.adapters import adapter_for, check_config
-from hm.config import MIXERS, FeatureMap, check_choice, check_decay
+from hm.config import MIXERS, FeatureMap, check_choice, check_ssm
 from hm.errors import UserError
 from hm.mixer import KINDS, Mixer, MixerSpec
 from hm.modeling import StudentConfig, StudentForCausalLM
@@ -30,6 +30,7 @@ def convert(
     feature_map: FeatureMap | None = None,
     copy_projections: bool | None = None,
     decay: str = "head",
+    ssm_init: str = "exact",
     scan: str = "auto",
     seed: int = 0,
 ) -> StudentForCausalLM:
@@ -40,13 +41,14 @@ def convert(
         keep_attention: n to keep attention in every n-th layer (the n-th, 2n-th, ...), or the layers' indices.
         copy_projections: start q, k, v and o from the teacher; by default True, except for mixer="mamba".
         decay: of the SSM: "head" (one per head, as in Mamba-2) or "channel" (per channel and state, as in Mamba-1).
+        ssm_init: "exact" (nothing decays: the student starts as linear attention) or "decay" (heads remember 10 to 1000 tokens).
         seed: of what starts at random.
 
     Raises:
-        UserError: unknown mixer or decay, a teacher that `check_config` refuses, layers that don't exist.
+        UserError: unknown mixer, decay or ssm_init, a teacher that `check_config` refuses, layers that don't exist.
     """
     check_choice("mixer", mixer, MIXERS)
-    check_decay(mixer, decay)
+    check_ssm(mixer, decay, ssm_init)
     parts = {n: MIXERS[mixer][n] if v is None else v for n, v in (("ssm", ssm), ("conv", conv), ("gate", gate))}
     check_config(teacher.config)
     adapter = adapter_for(teacher.config)
@@ -55,7 +57,7 @@ def convert(
     spec = MixerSpec(
         kind=mixer, **parts, per_head=feature_map.per_head, softmax=feature_map.softmax,
         copy_projections=mixer != "mamba" if copy_projections is None else copy_projections,
-        decay=decay, scan=scan, shape=vars(adapter.shape(teacher.config)).copy(),
+        decay=decay, ssm_init=ssm_init, scan=scan, shape=vars(adapter.shape(teacher.config)).copy(),
     )  # fmt: skip
     config = StudentConfig(teacher_config=teacher.config.to_dict(), mixer=spec.to_dict(), keep_attention=kept)
     generator_state = torch.get_rng_state()

@@ -49,6 +49,7 @@ class MixerSpec:
     softmax: str = "joint"
     copy_projections: bool = True
     decay: str = "head"
+    ssm_init: str = "exact"
     scan: str = "auto"
     chunk_size: int = 64
     shape: dict = field(default_factory=dict)
@@ -133,11 +134,13 @@ class SelectiveDecay(nn.Module):
     delta has rank D / 16, as in Mamba. The start is exact: A = 0 and so Lambda = 1; delta is constant (the
     up-projection is 0), spaced evenly in its logarithm from 0.001 to 0.1 over the heads, or over the channels of each
     head, which cancels in the normalised output. A learns from the first step (see `Decay`), at a pace that delta
-    sets: where it is small, forgetting is slow.
+    sets: where it is small, forgetting is slow. ssm_init="decay" gives the exactness up: A = 1, so that memories reach back
+    1 / delta = 1000 to 10 tokens from the first to the last head.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, per_channel: tuple[int, int] | None = None):
+    def __init__(self, hidden_size: int, num_heads: int, per_channel: tuple[int, int] | None = None, ssm_init: str = "exact"):
         super().__init__()
+        self.start = {"exact": 0.0, "decay": 1.0}[ssm_init]
         channels, states = per_channel or (None, None)
         self.steps_shape = (num_heads,) if channels is None else (num_heads, channels)
         self.down = nn.Linear(hidden_size, max(1, math.ceil(hidden_size / 16)), bias=False)
@@ -151,7 +154,7 @@ class SelectiveDecay(nn.Module):
             spread = torch.linspace(0, 1, self.steps_shape[-1], device=self.A.device)
             delta = torch.exp(math.log(DELTA_MIN) + spread * math.log(DELTA_MAX / DELTA_MIN))
             self.up.bias.copy_(inverse_softplus(delta).expand(self.steps_shape).flatten())
-            self.A.zero_()
+            self.A.fill_(self.start)
 
     def project_gradient(self) -> None:
         """Between the backward passes of a whole batch and the optimiser's step: where A is 0, drop a gradient that
@@ -267,12 +270,12 @@ class Mixer(BaseMixer):
         self.phi_q = HedgehogFeatureMap(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
         self.phi_k = HedgehogFeatureMap(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
         per_channel = (s.head_dim, self.phi_q.out_dim) if spec.decay == "channel" else None
-        self.ssm = SelectiveDecay(s.hidden_size, s.num_heads, per_channel) if spec.ssm else None
+        self.ssm = SelectiveDecay(s.hidden_size, s.num_heads, per_channel, spec.ssm_init) if spec.ssm else None
         self.conv = CausalConv(s.hidden_size) if spec.conv else None
         self.gate = Gate(s.hidden_size, self.q_size) if spec.gate else None
 
     def reset_parameters(self) -> None:
-        """The structured start: every new part is the identity. The projections are left to the caller."""
+        """The structured start: every new part is the identity (but for ssm_init="decay"). The projections are left to the caller."""
         for part in (self.phi_q, self.phi_k, self.ssm, self.conv, self.gate):
             if part is not None:
                 part.reset_parameters()

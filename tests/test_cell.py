@@ -258,7 +258,7 @@ def test_keys_do_not_depend_on_where_how_fast_or_under_which_name_a_cell_runs(ce
     [{"stage2__lr": 5e-4}, {"stage2__lr_new": 1e-2}, {"stage1__lr": 5e-3}, {"stage1__feed": "student"}, {"seed": 1},
      {"seq_len": 8}, {"mixer": "ssm"}, {"gate": False}, {"keep_attention": 2}, {"stage2__loss": "kl"},
      {"stage1_tokens": STEP, "stage2_tokens": 4 * STEP}, {"stage1_tokens": 2 * STEP, "stage2_tokens": 4 * STEP},
-     {"precision": "bf16"}, {"feature_map__softmax": "separate"}, {"decay": "channel"}, {"stage2__batch_size": 3}, {"recipe": "one_step", "budget": 160}],
+     {"precision": "bf16"}, {"feature_map__softmax": "separate"}, {"decay": "channel"}, {"ssm_init": "decay"}, {"stage2__batch_size": 3}, {"recipe": "one_step", "budget": 160}],
     ids=str,
 )  # fmt: skip
 def test_the_students_key_depends_on_what_determines_it(cell, change):

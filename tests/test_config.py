@@ -212,6 +212,8 @@ def test_the_decays_form_is_that_of_the_ssm_if_there_is_one():
     assert resolved(decay="channel").decay == "channel"
     assert resolved(decay="channel", mixer="hedgehog").decay == "head"
     assert "decay=channel can't be had with mixer=mamba" in refusal(recipe="one_step", decay="channel")
+    assert "ssm_init=decay can't be had with mixer=mamba" in refusal(recipe="one_step", ssm_init="decay")
+    assert from_dict({"mixer": "hedgehog", "ssm_init": "decay"}).resolve().ssm_init == "exact"
 
 
 def test_one_step_is_a_plain_mamba_and_nothing_else():

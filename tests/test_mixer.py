@@ -217,6 +217,13 @@ def test_the_ssm_starts_with_no_decay_and_a_constant_delta_per_head_spread_over_
     torch.testing.assert_close(delta[0, 0], expected, rtol=1e-4, atol=0)
 
 
+def test_ssm_init_decay_lets_heads_remember_a_thousand_to_ten_tokens():
+    ssm = SelectiveDecay(D, H, ssm_init="decay")
+    ssm.reset_parameters()
+    delta, A = ssm(torch.randn(B, L, D))
+    torch.testing.assert_close(1 / (delta * A)[0, 0], torch.logspace(3, 1, H), rtol=1e-4, atol=0)
+
+
 def test_per_channel_the_decay_starts_at_zero_too_and_every_heads_deltas_are_spread_over_mambas_range():
     ssm = SelectiveDecay(D, H, (d, 2 * d))
     ssm.reset_parameters()
