@@ -20,7 +20,6 @@ from analysis.bench import load_bench, speed_tables
 from analysis.export import keep_records, write_flat
 from analysis.formats import FORMATS
 from analysis.rows import records_of, text
-from analysis.table import Table
 from analysis.tables import build
 
 
@@ -34,36 +33,38 @@ def print_table(runs: str | Path, study: str, file: TextIO | None = None) -> Non
     command.say(FORMATS["md"](build(frame, command.chosen(frame, study, runs)[0])), file or sys.stdout)
 
 
-def write_tables(tables: Sequence[Table], study: str, out: str | Path) -> list[Path]:
-    """Write <out>/<study>/tables/<study>.{md,tex,csv}; a file that would not change is not touched.
+def write_tables(texts: dict[str, str], study: str, out: str | Path) -> list[Path]:
+    """Write <out>/<study>/tables/<study>.{md,tex,csv}, given as ending -> text; a file that would not change is not touched.
 
     Raises:
         UserError: if `out` can't be written.
     """
     name = command.folder_name(study)
     folder = Path(out) / name / "tables"
-    return [command.write_file(folder / f"{name}.{ending}", text(tables).encode(), out) for ending, text in FORMATS.items()]
+    return [command.write_file(folder / f"{name}.{ending}", content.encode(), out) for ending, content in texts.items()]
 
 
 def make(options: argparse.Namespace) -> None:
     """Write and print what was asked for."""
     frame = command.read(options.runs)
     names = command.chosen(frame, options.study, options.runs)
-    made = {name: build(frame, name) for name in names}
-    teachers = {text(r.get("settings.teacher")) for r in records_of(frame) if r["study"] == "main"}
+    records = records_of(frame)
+    made = {name: build(frame, name, records) for name in names}
+    teachers = {text(r.get("settings.teacher")) for r in records if r["study"] == "main"}
     if options.study is None and "scale" not in names and len(teachers) > 1:
-        made["scale"] = build(frame, "scale")
+        made["scale"] = build(frame, "scale", records)
     benches, problems = load_bench(options.bench or Path(options.out) / "bench")
     for name, reason in problems:
         command.say(f"skipped {name}: {reason}", sys.stderr)
     if benches and options.study is None:
         made["speed"] = speed_tables(benches)
     for study, tables in made.items():
-        files = write_tables(tables, study, options.out)
+        texts = {ending: write(tables) for ending, write in FORMATS.items()}
+        files = write_tables(texts, study, options.out)
         if study in names:
             files += write_flat(frame, study, options.out)
             keep_records(options.runs, frame, study, options.out)
-        command.say(FORMATS["md"](tables), sys.stdout)
+        command.say(texts["md"], sys.stdout)
         command.say("\n".join(f"wrote {path}" for path in files), sys.stderr)
 
 

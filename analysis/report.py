@@ -48,7 +48,7 @@ def page(frame: pd.DataFrame, out_folder: Path, title: str, benches: Sequence[Be
     root = Path(frame.attrs.get("root", "."))
     records = records_of(frame)
     ids = {r["path"]: i for i, r in enumerate(records)}
-    tables = [(study, table) for study in studies(frame) for table in build(frame, study)]
+    tables = [(study, table) for study in studies(frame) for table in build(frame, study, records)]
     tables += [("speed", table) for table in speed_tables(list(benches))]
     plots, missing = all_plots(records)
     speed, without = speed_plots(benches)

@@ -73,14 +73,14 @@ def studies(frame: pd.DataFrame) -> list[str]:
     return sorted(set(frame["study"])) if len(frame) else []
 
 
-def build(frame: pd.DataFrame, study: str) -> list[Table]:
+def build(frame: pd.DataFrame, study: str, records: list[Record] | None = None) -> list[Table]:
     """The tables of one study, from the records of all of them (a teacher's may lie in another study).
 
     One table, or one for each group of what was run and measured alike (rows.py). The rows are the paper's, run or
     not, then what else was run; a study that the paper doesn't know has one row for each cell. Recipes have their budgets
-    in columns (recipes.py).
+    in columns (recipes.py). `records`: records_of(frame), where they are at hand; many tables need them once.
     """
-    records = records_of(frame)
+    records = records_of(frame) if records is None else records
     mine = [r for r in records if r["study"] == study]
     if study == "scale" and not mine:
         mine = [r for r in records if r["study"] == "main"]
