@@ -81,10 +81,10 @@ def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
         if row not in rows:
             near = difflib.get_close_matches(str(row), rows, n=1)
             raise UserError(f"row={row} is not in this study{f'; did you mean {near[0]}?' if near else ''} Known: {', '.join(rows)}.")
-        names = {o.split("=")[0].lstrip("+~") for o in typed}
+        names = {o.split("=")[0].lstrip("+~") for o in typed} - {"recipe"}
         for name, value in rows[row].items():
             deciding = [r for r, own_settings in rows.items() if name in own_settings]
-            if name in names - {"recipe"} and len(deciding) > 1:
+            if name in names and len(deciding) > 1:
                 raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
         own = dict(rows[row])
         if "recipe" in own:  # a row may name a file of sweeps/recipe/, as the command line may

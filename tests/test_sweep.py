@@ -421,6 +421,17 @@ def test_what_is_typed_or_stands_in_a_row_comes_before_the_recipe_of_that_row(he
     assert resolved(*given, "stage1_tokens=20%")[0].stage1_tokens == 0.2 * settings.budget
 
 
+def test_a_typed_recipe_is_for_the_rows_that_name_none(here):
+    def row(name):
+        return resolved("+study=one_step", f"row='{name}'", "recipe=tuned", "budget=100k")[0]
+
+    assert row("teacher").recipe == "teacher"
+    ours = row("hedgemamba")
+    assert (ours.recipe, ours.stage2.lr_new, ours.stage1_tokens) == ("two_stage", 1e-2, 10_000)
+    baseline = row("one_step")
+    assert (baseline.recipe, baseline.stage2.lr_new, baseline.stage1_tokens, baseline.stage2_tokens) == ("one_step", None, 0, 100_000)
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest_also_in_a_row(sweep, small, tmp_path):
     found = sweep("recipe=alinged", *small)
     assert (found.status, len(found.lines)) == (2, 1)
