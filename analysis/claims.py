@@ -25,7 +25,7 @@ from analysis import command, judges, paper
 from analysis.formats import markdown_text
 from analysis.judges import Finding
 from analysis.places import places
-from analysis.rows import records_of
+from analysis.rows import Record, recipe_of, records_of
 
 RULES = {
     "C1": ("HedgeMamba at 10/90 (or else 50/50) is at most 3.7% above the perplexity of the teacher, and of the teacher "
@@ -75,9 +75,17 @@ class Claim:
     findings: list[Finding] = field(default_factory=list)
 
 
+BEYOND = {"settings.stage1.train": "maps", "settings.stage1.loss": "cosine", "settings.ssm_init": "exact"}
+"""What the paper's two stages have; a student with anything else is a recipe of ours and decides no claim of the paper's."""
+
+
+def of_the_papers_form(record: Record) -> bool:
+    return recipe_of(record) != "two_stage" or all(record.get(name, value) == value for name, value in BEYOND.items())
+
+
 def judge(frame: pd.DataFrame) -> list[Claim]:
-    """The verdicts on C1 to C8 from the records of `frame`."""
-    where = places(records_of(frame))
+    """The verdicts on C1 to C8 from the records of `frame` whose recipe is of the paper's form, at whatever rates."""
+    where = places([r for r in records_of(frame) if of_the_papers_form(r)])
     root = frame.attrs.get("root", ".")
     claims = []
     for claim in paper.CLAIMS.values():
