@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -225,6 +226,7 @@ def show_help() -> None:
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what goes wrong rather than print it and leave with status 1
     if any(a in ("--help", "-h") for a in sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of --help | head
         show_help()
         sys.exit()
     try:

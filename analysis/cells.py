@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from analysis import paper
-from analysis.rows import TEACHERS, Record, comparable, device_seconds, human, number, recipe_of, tokens_of
+from analysis.rows import TEACHERS, Record, comparable, device_seconds, human, number, recipe_of, settings_that_matter, tokens_of
 from analysis.table import Cell
 
 
@@ -88,7 +88,7 @@ def _cost(records: list[Record]) -> dict[str, Cell]:
 
 
 def references(recipe: str, like: Record, usable: list[Record], notes: list[str]) -> list[Record]:
-    """The teachers to compare `like` with; of several adapted ones, those of as many tokens."""
+    """The teachers to compare `like` with; of several adapted ones, those of as many tokens, at the best of their rates."""
     found = [r for r in usable if recipe_of(r) == recipe and comparable(r, like)]
     if recipe == "adapted_teacher" and found:
         trained = {tokens_of(r, 2) or 0 for r in found}
@@ -97,7 +97,19 @@ def references(recipe: str, like: Record, usable: list[Record], notes: list[str]
         elif recipe_of(like) not in TEACHERS and trained != {tokens_of(like, 2)}:
             notes.append(f"The adapted teacher was trained on {human(min(trained))} tokens, "
                          "which is not what stage 2 of every row had.")
+        found = _best_settings(found, notes)
     return found
+
+
+def _best_settings(records: list[Record], notes: list[str]) -> list[Record]:
+    """Of records that differ in more than the seed, those whose settings gave the lowest mean perplexity."""
+    alike: dict[tuple, list[Record]] = {}
+    for r in records:
+        alike.setdefault(tuple(sorted(settings_that_matter(r).items())), []).append(r)
+    if len(alike) < 2:
+        return records
+    notes.append("Of adapted teachers that were trained in several ways, gaps are to the best.")
+    return min(alike.values(), key=lambda group: statistics.fmean(values_of(group, "ppl") or [math.inf]))
 
 
 def paper_cells(published: dict[str, Any]) -> dict[str, Cell]:

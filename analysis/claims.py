@@ -72,6 +72,7 @@ class Claim:
     reason: str
     verdict: str
     where: str
+    why: str
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -93,7 +94,7 @@ def judge(frame: pd.DataFrame) -> list[Claim]:
         decided = [f for f in findings if f.verdict != judges.UNDECIDED]
         last = (decided or findings)[-1]
         rule, reason = RULES[claim.id]
-        claims.append(Claim(claim.id, claim.text, claim.paper, rule, reason, last.verdict, last.where, findings))
+        claims.append(Claim(claim.id, claim.text, claim.paper, rule, reason, last.verdict, last.where, last.why, findings))
     return claims
 
 

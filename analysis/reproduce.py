@@ -49,8 +49,8 @@ def filled(page: str, results: Path) -> str:
 
 def verdicts(frame: pd.DataFrame) -> str:
     """Claim, what the paper has, our verdict and where."""
-    rows = [(f"{c.id}: {c.text}", c.paper, f"**{c.verdict}**", c.where, c.findings[-1].why) for c in judge(frame)]
-    return _grid(("claim", "paper", "here", "at", "why, at the largest place"), rows, raw=(2,))
+    rows = [(f"{c.id}: {c.text}", c.paper, f"**{c.verdict}**", c.where, c.why) for c in judge(frame)]
+    return _grid(("claim", "paper", "here", "at", "why"), rows, raw=(2,))
 
 
 def costs(frames: dict[str, pd.DataFrame]) -> str:

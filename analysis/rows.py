@@ -205,7 +205,7 @@ def apart(named: list[tuple[str, Record]], notes: list[str]) -> list[tuple[str, 
                          f"{', '.join(v.removeprefix('settings.') for v in varied)}: a row for each.")
         for r in group:
             said = settings_that_matter(r)
-            what = ", ".join(f"{s.removeprefix('settings.')}={_readable(r.get(s), said.get(s, 'null'))}"
+            what = ", ".join(f"{s.removeprefix('settings.')}={_readable(r.get(s), said.get(s, SINCE.get(s, 'null')))}"
                              for s in varied)
             told.append((f"{name} ({what})" if what else name, r))
     return told

@@ -154,6 +154,15 @@ def test_of_several_adapted_teachers_the_one_with_as_many_tokens_is_compared_wit
     assert "gap_adapted_teacher_pct" not in rows["other"]
 
 
+def test_of_adapted_teachers_at_several_rates_the_best_is_compared_with(runs):
+    for rate, ppls in ((0.001, (15.0, 25.0)), (0.0003, (16.0, 18.0))):
+        for seed, ppl in enumerate(ppls):
+            runs.add("tuning", "adapted_teacher", ppl, seed=seed, recipe="adapted_teacher", **{"stage2.lr": rate})
+    runs.add("tuning", "hedgemamba", 34.0)
+    assert runs.rows("tuning")["hedgemamba"]["gap_adapted_teacher_pct"].value == pytest.approx(100.0)
+    assert runs.notes("tuning", "gaps are to the best")
+
+
 @pytest.mark.parametrize("other", [{"data": "hf:openwebtext"}, {"seq_len": 1024},
                                    {"eval": {"sequences": None}}, {"validation": "other.txt"}])
 def test_a_teacher_measured_otherwise_gives_no_gap(runs, other):
@@ -235,6 +244,12 @@ def test_a_row_run_with_two_settings_becomes_two_rows_and_a_note_says_so(runs):
     assert rows["hedgemamba (stage2.lr=0.003)"]["paper_ppl"].value == 14.11
     assert runs.notes("main", "several settings of stage2.lr")
     assert not runs.notes("main", "Conflict")
+
+
+def test_a_setting_that_one_record_leaves_at_its_default_is_named_with_that(runs):
+    runs.add("main", "hedgemamba", 30.0, ssm_init="exact")
+    runs.add("main", "hedgemamba", 29.0, ssm_init="decay")
+    assert {"hedgemamba (ssm_init=exact)", "hedgemamba (ssm_init=decay)"} <= set(runs.rows("main"))
 
 
 def test_same_settings_that_gave_other_students_are_a_conflict_and_none_is_taken(runs):
