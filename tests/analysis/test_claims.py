@@ -273,7 +273,7 @@ def test_the_runs_that_would_decide_are_command_lines_that_the_sweep_takes(lab, 
 def test_the_reason_beside_a_verdict_is_that_of_its_place(lab):
     lab.teacher()
     lab.cell("mamba", 21.0, recipe="one_step", split=0)
-    lab.cell("mamba", 21.0, recipe="one_step", split=0, total=2000, data="other.txt")
+    lab.cell("mamba", 21.0, recipe="one_step", split=0, total=2000, params=8_000_000, data="other.txt")
     claim = lab.verdict("C3")
     assert [f.verdict for f in claim.findings] == ["not reproduced", "undecided"]
     assert (claim.verdict, claim.where, claim.why) == ("not reproduced", claim.findings[0].where, claim.findings[0].why)
