@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import multiprocessing
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -165,23 +166,26 @@ def file_names(plots: Sequence[Plot]) -> list[str]:
 
 def make(options: argparse.Namespace) -> None:
     """Write what was asked for, and say what could not be drawn."""
+    jobs = planned(options)
+    few = list(itertools.islice(jobs, MANY))
+    if len(few) < MANY:
+        files = [file for job in few for file in _write(job)]
+    else:  # the first figures are drawn while the others are planned
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            files = [file for done in [pool.submit(_write, job) for job in itertools.chain(few, jobs)] for file in done.result()]
+    command.say("\n".join(f"wrote {file}" for file in files), sys.stderr)
+
+
+def planned(options: argparse.Namespace) -> Iterator[tuple[Plot, Path, str]]:
+    """Each plot with its path and the output folder; says which can't be drawn."""
     frame = command.read(options.runs)
     benches, _ = load_bench(options.bench or Path(options.out) / "bench")
-    wanted: list[tuple[Plot, Path, str]] = []
-    for study in command.chosen(frame, options.study, options.runs):
-        plots, missing = all_plots(records_of(frame[frame["study"] == study]))
-        folder = Path(options.out) / command.folder_name(study) / "plots"
-        wanted += [(plot, folder / name, options.out) for plot, name in zip(plots, file_names(plots), strict=True)]
-        command.say("\n".join(f"{study}: {line}" for line in missing), sys.stderr)
-    plots, missing = speed_plots(benches)
-    wanted += [(plot, Path(options.out) / "speed/plots" / name, options.out) for plot, name in zip(plots, file_names(plots), strict=True)]
-    command.say("\n".join(missing), sys.stderr)
-    if len(wanted) < MANY:
-        files = [file for job in wanted for file in _write(job)]
-    else:
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-            files = [file for done in pool.map(_write, wanted, chunksize=4) for file in done]
-    command.say("\n".join(f"wrote {file}" for file in files), sys.stderr)
+    of_studies = ((study, command.folder_name(study), all_plots(records_of(frame[frame["study"] == study])))
+                  for study in command.chosen(frame, options.study, options.runs))
+    for study, folder, (plots, missing) in itertools.chain(of_studies, [("", "speed", speed_plots(benches))]):
+        command.say("\n".join(f"{study}: {line}" if study else line for line in missing), sys.stderr)
+        for plot, name in zip(plots, file_names(plots), strict=True):
+            yield plot, Path(options.out) / folder / "plots" / name, options.out
 
 
 def _write(job: tuple[Plot, Path, str]) -> list[Path]:

@@ -18,7 +18,7 @@ from analysis.bench import Bench
 from analysis.places import Cells, Place, places
 from analysis.recipes import at_budgets
 from analysis.rows import MIXERS, TEACHERS, Record, human, mixer_of, number, recipe_of
-from analysis.stats import LEVEL, student_t
+from analysis.stats import LEVEL, StudentT
 from analysis.table import number_text
 
 PAPER = "paper (Pythia-1B, 10B tokens)"
@@ -176,7 +176,7 @@ def _power_law(curve: Series) -> Iterator[Series]:
     freedom = len(x) - 2
     spread = math.sqrt(float(((y - start - slope * x) ** 2).sum()) / freedom)
     grid = np.linspace(x.min(), x.max(), 40)
-    half = float(student_t().ppf(1 - LEVEL / 2, freedom)) * spread * np.sqrt(1 / len(x) + (grid - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    half = StudentT(freedom).quantile(1 - LEVEL / 2) * spread * np.sqrt(1 / len(x) + (grid - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
     fit = start + slope * grid
     at = np.exp(grid).tolist()
     yield Series(f"fit, exponent {slope:.2f}", curve.colour, at, np.exp(fit).tolist(), dash="dot")

@@ -107,13 +107,26 @@ def holm(differences: Sequence[Difference]) -> list[float]:
     return adjusted
 
 
-def student_t():
-    """scipy.stats.t. Raises UserError, with what to install, if SciPy is missing."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise UserError("verdicts and fits need SciPy, which is not installed; pip install -e '.[report]' adds it.") from error
-    return t
+class StudentT:
+    """Student's t of `freedom` degrees (infinite: the normal distribution). `scipy.stats`, which has it too, takes a second to import.
+
+    Raises:
+        UserError: SciPy is missing.
+    """
+
+    def __init__(self, freedom: float):
+        try:
+            from scipy import special
+        except ImportError as error:
+            raise UserError("verdicts and fits need SciPy, which is not installed; pip install -e '.[report]' adds it.") from error
+        self.freedom, self.special, self.normal = freedom, special, math.isinf(freedom)
+
+    def quantile(self, p: float) -> float:
+        return float(self.special.ndtri(p) if self.normal else self.special.stdtrit(self.freedom, p))
+
+    def above(self, x: float) -> float:
+        """The probability of more than `x`."""
+        return float(self.special.ndtr(-x) if self.normal else self.special.stdtr(self.freedom, -x))
 
 
 def _paired(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -165,7 +178,7 @@ def _interval(value: float, parts: Sequence[tuple[float, float]], margin: float,
         p = 1.0 if abs(value) <= margin else 0.0
         return Difference(value, value - margin, value + margin, p, how)
     freedom = variance**2 / sum(e**4 / df for e, df in parts) if any(math.isfinite(df) for _, df in parts) else math.inf
-    t = student_t()
-    half = float(t.ppf(1 - LEVEL / 2, freedom)) * error + margin
-    p = float(2 * t.sf(max(0.0, abs(value) - margin) / error, freedom))
+    t = StudentT(freedom)
+    half = t.quantile(1 - LEVEL / 2) * error + margin
+    p = 2 * t.above(max(0.0, abs(value) - margin) / error)
     return Difference(value, value - half, value + half, p, how)
