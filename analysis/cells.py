@@ -7,7 +7,17 @@ import statistics
 from typing import Any
 
 from analysis import paper
-from analysis.rows import TEACHERS, Record, comparable, device_seconds, human, number, recipe_of, settings_that_matter, tokens_of
+from analysis.rows import (
+    TEACHERS,
+    Record,
+    comparable,
+    device_seconds,
+    human,
+    number,
+    recipe_of,
+    settings_that_matter,
+    tokens_of,
+)
 from analysis.table import Cell
 
 
