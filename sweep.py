@@ -81,7 +81,7 @@ def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
     if row is not None and rows:
         if row not in rows:
             near = difflib.get_close_matches(str(row), rows, n=1)
-            raise UserError(f"row={row} is not in this study{f'; did you mean {near[0]}?' if near else ''} Known: {', '.join(rows)}.")
+            raise UserError(f"row={row} is not in this study;{f' did you mean {near[0]}?' if near else ''} Known: {', '.join(rows)}.")
         names = {o.split("=")[0].lstrip("+~") for o in typed} - {"recipe"}
         for name, value in rows[row].items():
             deciding = [r for r, own_settings in rows.items() if name in own_settings]
@@ -175,7 +175,8 @@ def main(cfg: DictConfig) -> None:
 
     typed, store = list(HydraConfig.get().overrides.task), Store(store_folder(cfg.runs))
     use_cache(store.root)
-    with StopRequest(30.0, leave_job) as stop:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # a launcher of several processes passes Ctrl-C on in its own way
+    with StopRequest(30.0, leave_job, keyboard=alone) as stop:
         try:
             settings = settings_of(plain_of(cfg), typed)
             if cfg.plan:
@@ -234,6 +235,9 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         leave(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:
         found = " ".join(f"{error} {error.__cause__ or ''}".split())
         leave(UserError(f"the command line can't be read ({found}); python sweep.py --help shows how to write it."))

@@ -32,6 +32,8 @@ REQUEUE = 75
 """Exit status: stopped by USR1 or USR2 (preemption, time limit) and to be started again."""
 STOPPED = 76
 """Exit status: stopped by TERM (cancelled, or the cluster requeues by itself)."""
+INTERRUPTED = 130
+"""Exit status: stopped by Ctrl-C, as a shell has it."""
 
 
 @dataclass
@@ -50,10 +52,14 @@ class Task:
 
 class StopRequest:
     """Within the context, TERM, USR1 and USR2 are remembered, and `after(status)` is called if `grace` seconds later
-    the process is still there: what it does can't be saved, and is done again."""
+    the process is still there: what it does can't be saved, and is done again.
 
-    def __init__(self, grace: float, after: Callable[[int], None]):
+    keyboard: the same for Ctrl-C, and at once for a second one.
+    """
+
+    def __init__(self, grace: float, after: Callable[[int], None], keyboard: bool = False):
         self.grace, self.after = grace, after
+        self.signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2] + [signal.SIGINT] * keyboard
         self.signal: int | None = None
 
     def __call__(self) -> bool:
@@ -61,7 +67,7 @@ class StopRequest:
 
     @property
     def status(self) -> int:
-        return STOPPED if self.signal == signal.SIGTERM else REQUEUE
+        return {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}.get(self.signal, REQUEUE)  # type: ignore[call-overload]
 
     def _asked(self, signum: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -70,13 +76,15 @@ class StopRequest:
             timer = threading.Timer(self.grace, self._late)
             timer.daemon = True
             timer.start()
+        elif signum == signal.SIGINT:
+            self.after(self.status)
 
     def _late(self) -> None:
         print(f"still busy after {self.grace:g} s; what was not saved will be computed again", file=sys.stderr, flush=True)
         self.after(self.status)
 
     def __enter__(self) -> StopRequest:
-        self.before = {s: signal.signal(s, self._asked) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        self.before = {s: signal.signal(s, self._asked) for s in self.signals}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.before)  # slurm/shield.py held them back until here
         return self
 

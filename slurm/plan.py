@@ -168,9 +168,9 @@ def summary(plan: Plan) -> list[str]:
         f"{len(shared)} shared, which saves {about(saved) or 0} training tokens{here}",
         f"to do: {about(sum(s.tokens for s in todo)) or 0} training tokens, {span(sum(s.hours for s in todo)) or '0 h'} of {device} time"
         f" (estimated from {'; '.join(plan.sources) or 'nothing'})",
-        f"storage: {size(sum(s.kept_bytes for s in todo if not math.isnan(s.kept_bytes)))} to keep"
+        f"storage: {size(sum(s.kept_bytes for s in todo if not math.isnan(s.kept_bytes))) or 'nothing'} to keep"
         + (" and a text of unknown size" if any(math.isnan(s.kept_bytes) for s in todo) else "")
-        + f", {size(max((s.checkpoint_bytes for s in todo), default=0))} for checkpoints of the largest step while it runs",
+        + f", {size(max((s.checkpoint_bytes for s in todo), default=0)) or 'nothing'} for checkpoints of the largest step while it runs",
     ]
     for why in plan.unresolved.values():
         lines.append(f"not resolved: {why} Its sizes are known, its content and tokenizer are not, so what is already done is not seen.")

@@ -96,6 +96,28 @@ def test_a_signal_asks_to_stop_and_one_who_can_not_is_ended_after_the_grace(sign
     assert signal.getsignal(signum) == signal.SIG_DFL
 
 
+def test_ctrl_c_asks_to_stop_and_a_second_one_ends_it():
+    ended = []
+    with StopRequest(9, ended.append, keyboard=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop(), ended) == (True, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+
+
+def test_ctrl_c_in_a_cell_saves_it_and_the_same_command_goes_on(small, tmp_path):
+    command = [sys.executable, "sweep.py", *small, f"runs={tmp_path}/runs", "budget=400k", "stage1_tokens=0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: list(tmp_path.glob("runs/artifacts/student/.*/progress.json")), "training", 60)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=40)[0]
+    assert process.returncode == 130, said
+    assert "asked to stop by SIGINT; saving" in said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.glob("runs/artifacts/student/.*/checkpoints/step-*"))
+
+
 def test_signals_that_came_before_a_job_was_ready_are_delivered_when_it_is():
     code = "import time; print(1, flush=True); time.sleep(1); from slurm.job import StopRequest\nwith StopRequest(9, print) as stop: print(stop(), stop.status)"
     process = subprocess.Popen([sys.executable, "-IS", ROOT / "slurm" / "shield.py", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
