@@ -32,7 +32,7 @@ from analysis import command
 from analysis.bench import load_bench
 from analysis.fonts import families
 from analysis.plots import Plot, Series, all_plots, speed_plots
-from analysis.rows import human, records_of
+from analysis.rows import borrowed, human, records_of
 
 COLOURS = {"teacher": "#000000", "adapted_teacher": "#7f7f7f", "hedgehog": "#e69f00", "ssm": "#56b4e9", "ssm_conv": "#009e73",
            "hedgemamba": "#0072b2", "gate": "#d55e00", "one_step": "#cc79a7", "paper": "#7f7f7f"}
@@ -56,13 +56,17 @@ def draw(plot: Plot) -> Figure:
     labelled = [s for s in plot.series if s.kind != "band" and not (s.kind == "bar" and [s.label] == s.x)]
     with mpl.rc_context(STYLE | {"font.family": families()}):
         width = WIDTH if sum(len(s.x) for s in bars) <= 12 else 2 * WIDTH
+        letters = round(19 * width)
+        labels = {id(s): textwrap.fill(s.label, letters - 8) for s in labelled}
         columns = 2 if width == WIDTH else 4
+        columns = columns if max(map(len, labels.values()), default=0) <= letters // columns - 8 else 1
         note = textwrap.wrap(_literal(plot.note), round(23 * width))
-        below = 0.13 * -(-len(labelled) // columns) + 0.11 * len(note) + 0.04 * max(0, max(map(len, names), default=0) - 16)
+        below = 0.13 * -(-sum(label.count("\n") + 1 for label in labels.values()) // columns) + 0.11 * len(note) + 0.04 * max(0, max(map(len, names), default=0) - 16)
         figure = Figure(figsize=(width, 2.4 + below))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        title = axes.set_title(f"{plot.title}\n{plot.place}" if plot.place else plot.title, loc="left", y=1)
+        lines = [line for text in (plot.title, plot.place) for line in textwrap.wrap(text, round(14 * width))]
+        title = axes.set_title("\n".join(lines), loc="left", y=1)
         title.set_parse_math(False)
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
@@ -84,11 +88,11 @@ def draw(plot: Plot) -> Figure:
             alone = [series.label] == series.x
             step = 0.8 / (1 if alone else len(bars))
             at = [names.index(x) + (0 if alone else (i - (len(bars) - 1) / 2) * step) for x in series.x]
-            axes.bar(at, series.y, 0.92 * step, color=_colour(series), label="_" if alone else _literal(series.label), yerr=_errors(series),
+            axes.bar(at, series.y, 0.92 * step, color=_colour(series), label="_" if alone else _literal(labels[id(series)]), yerr=_errors(series),
                      error_kw={"elinewidth": 0.7}, hatch=HATCHES[series.dash], edgecolor="white", linewidth=0)
         for series in plot.series:
             if series.kind != "bar":
-                _line(axes, series, names)
+                _line(axes, series, names, _literal(labels.get(id(series), "")))
         if names:
             tilted = len(names) > 4
             axes.set_xticks(range(len(names)), [_literal(n) for n in names], rotation=30 if tilted else 0, ha="right" if tilted else "center")
@@ -99,7 +103,7 @@ def draw(plot: Plot) -> Figure:
     return figure
 
 
-def _line(axes, series: Series, names: list[str]) -> None:
+def _line(axes, series: Series, names: list[str], label: str) -> None:
     """A line, points or a band; on an axis of names only what is at one of them."""
     kept = [i for i, x in enumerate(series.x) if not names or x in names]
     x, y = [names.index(series.x[i]) if names else series.x[i] for i in kept], [series.y[i] for i in kept]
@@ -110,7 +114,7 @@ def _line(axes, series: Series, names: list[str]) -> None:
     errors = _errors(series)
     points = series.kind == "points"
     axes.errorbar(x, y, yerr=[errors[i] for i in kept] if errors else None, fmt="D" if points else "o" if len(x) <= 20 else "",
-                  linestyle="" if points else LINES[series.dash], color=colour, label=_literal(series.label), elinewidth=0.7, capsize=1.5,
+                  linestyle="" if points else LINES[series.dash], color=colour, label=label, elinewidth=0.7, capsize=1.5,
                   markerfacecolor="white" if series.colour == "paper" else colour)
 
 
@@ -180,8 +184,13 @@ def planned(options: argparse.Namespace) -> Iterator[tuple[Plot, Path, str]]:
     """Each plot with its path and the output folder; says which can't be drawn."""
     frame = command.read(options.runs)
     benches, _ = load_bench(options.bench or Path(options.out) / "bench")
-    of_studies = ((study, command.folder_name(study), all_plots(records_of(frame[frame["study"] == study])))
-                  for study in command.chosen(frame, options.study, options.runs))
+    records = records_of(frame)
+
+    def plots_of(study: str) -> tuple[list[Plot], list[str]]:
+        mine, others = ([r for r in records if (r["study"] == study) == own] for own in (True, False))
+        return all_plots(mine + borrowed(mine, others, []))
+
+    of_studies = ((study, command.folder_name(study), plots_of(study)) for study in command.chosen(frame, options.study, options.runs))
     for study, folder, (plots, missing) in itertools.chain(of_studies, [("", "speed", speed_plots(benches))]):
         command.say("\n".join(f"{study}: {line}" if study else line for line in missing), sys.stderr)
         for plot, name in zip(plots, file_names(plots), strict=True):

@@ -17,7 +17,7 @@ from analysis import paper
 from analysis.bench import Bench
 from analysis.places import Cells, Place, places
 from analysis.recipes import at_budgets
-from analysis.rows import MIXERS, TEACHERS, Record, human, mixer_of, number, recipe_of
+from analysis.rows import MIXERS, TEACHERS, Record, borrowed, human, mixer_of, number, recipe_of
 from analysis.stats import LEVEL, StudentT
 from analysis.table import number_text
 
@@ -226,7 +226,8 @@ def _mixer(place: Place) -> Iterator[Plot]:
 
 def _recipes(place: Place) -> Iterator[Plot]:
     """The study of recipes: each row's gap to the adapted teacher, a bar for each budget."""
-    records = [r for r in place.yard if r["study"] == "recipes"]
+    records, others = ([r for r in place.yard if (r["study"] == "recipes") == own] for own in (True, False))
+    records += borrowed(records, others, [])
     mixers = {mixer_of(r) for r in records if recipe_of(r) not in TEACHERS}
     colour = mixers.pop() if len(mixers) == 1 else "other"
     series = []
@@ -264,7 +265,8 @@ def _cosine(place: Place) -> Iterator[Plot]:
     for cells in sorted(place.everything(), key=lambda c: (_colour(c) != "hedgemamba", c.ppl)):
         curve = _curve(cells.records[0], "stage1")
         layers = sorted(int(name[6:]) for name in curve if name.startswith("layer.") and name[6:].isdecimal())
-        if layers and len(curve["loss"]) > 1:
+        aligned = cells.records[0].get("settings.stage1.loss", "cosine") == "cosine"  # another loss says nothing of it
+        if layers and len(curve["loss"]) > 1 and aligned:
             z = [[1 - loss for loss in curve[f"layer.{i}"]] for i in layers]
             yield Plot("stage1_cosine", "Stage 1: cosine similarity by layer", "tokens of stage 1", "layer",
                        heat=(curve["tokens"], [float(i) for i in layers], z), place=f"{place.label}, {cells.name}")
@@ -295,7 +297,7 @@ def _downstream(place: Place) -> Iterator[Plot]:
         series.append(Series(cells.name, _colour(cells), [paper.METRICS[t].short for t in found], [m[0] for m in found.values()], "bar",
                              list(errors.values()), paths=[_paths(cells)] * len(found),
                              hover=[f"{cells.name}, {t}: {m[0]:.2f}%" for t, m in found.items()]))
-    if series:
+    if any(cells.name not in TEACHERS for cells in _leading(place) if any(_mean(cells, t) for t in paper.TASKS)):
         yield Plot("downstream", "Zero-shot accuracy", "", "accuracy, %", series, place=place.label,
                    note="Of each mixer the cell with the lowest perplexity, mean over its seeds. Error bars: the harness's standard error over the items.")
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,3 +143,34 @@ def test_names_with_mathematics_are_drawn_as_they_are(runs, nasty):
     runs.add("lab", one=50, two=50, teacher=nasty, scale=nasty)
     [plot] = all_plots(records_of(load_records(runs.root)))[0]
     draw(plot).savefig("/dev/null", format="svg")
+
+
+def test_long_labels_and_titles_stay_within_the_figure(plots):
+    long = "hedgemamba 50/50 (feature_map.per_head=False, stage2.kl_weight=0.5, stage2.loss=ce+kl, stage2.lr=0.0003, ssm_init=decay)"
+    for plot in (named(plots, "loss"), named(plots, "downstream"), named(plots, "stage1_cosine")):
+        changed = replace(plot, place=f"smollm2, 20M tokens, {long}", series=[replace(s, label=f"{i} {long}") for i, s in enumerate(plot.series)])
+        figure = draw(changed)
+        drawn = figure.get_tightbbox(figure.canvas.get_renderer())
+        width, height = figure.get_size_inches()
+        assert -0.02 <= drawn.x0 <= drawn.x1 <= width + 0.02
+        assert -0.02 <= drawn.y0 <= drawn.y1 <= height + 0.02
+        assert figure.axes[0].get_position().width > 0.5
+
+
+def test_another_loss_of_stage_1_is_not_drawn_as_a_cosine(runs):
+    runs.teacher("recipes")
+    curves = {"stage1": {"step": [0, 1], "tokens": [0, 10], "loss": [0.5, 0.4], "layer.0": [0.5, 0.4]}}
+    runs.add("recipes", "aligned", 30.0, stage1={"loss": "mse"}, record={"curves": curves})
+    assert "stage1_cosine" not in {p.name for p in all_plots(records_of(load_records(runs.root)))[0]}
+    runs.add("recipes", "paper", 40.0, record={"curves": curves})
+    assert named(all_plots(records_of(load_records(runs.root)))[0], "stage1_cosine").heat[2] == [[0.5, 0.6]]
+
+
+def test_recipes_are_drawn_against_the_adapted_teacher_of_another_study(runs, tmp_path):
+    runs.add("main", "adapted_teacher", 16.0, recipe="adapted_teacher")
+    runs.add("recipes", "paper", 40.0)
+    runs.add("recipes", "aligned", 24.0, stage1={"loss": "mse"})
+    assert main(["--runs", str(runs.root), "--out", str(tmp_path), "--study", "recipes"]) == 0
+    assert (tmp_path / "recipes/plots/recipes.pdf").is_file()
+    (series,) = named(all_plots(records_of(load_records(runs.root)))[0], "recipes").series
+    assert series.y == pytest.approx([math.log(40 / 16), math.log(24 / 16)])
