@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,15 @@ def _gaps(label: str, colour: str, points: Sequence[tuple[Any, Cells]], teacher:
     return series
 
 
+def _alike(points: Iterable[tuple[Any, list[Cells]]]) -> list[tuple[Any, Cells]]:
+    """A cell at each point where there is one of the same other settings: of several such lines the longest, then the best."""
+    lines: dict[tuple, list[tuple[Any, Cells]]] = {}
+    for x, variants in points:
+        for cells in variants:
+            lines.setdefault(tuple(sorted(cells.settings.items())), []).append((x, cells))
+    return max(lines.values(), key=lambda line: (len(line), -statistics.fmean(cells.ppl for _, cells in line)), default=[])
+
+
 def _seeds(series: Sequence[Series]) -> str:
     """What the error bars of `series` are."""
     counts = sorted({len(behind) for s in series if s.error for behind in s.paths})
@@ -154,8 +163,7 @@ def _budget(place: Place) -> Iterator[Plot]:
     if teacher is None:
         return
     for mixer, split in (("hedgemamba", "10/90"), ("hedgehog", "10/90")):
-        cells = [(p.budget, c) for p in places(place.yard) if (c := p.best(mixer, split))]
-        curve = _gaps(f"{mixer} {split}", mixer, cells, teacher)
+        curve = _gaps(f"{mixer} {split}", mixer, _alike((p.budget, p.variants(mixer, split)) for p in places(place.yard)), teacher)
         if len(curve.x) > 1:
             series += [curve, *_power_law(curve)]
     if series:
@@ -191,7 +199,7 @@ def _split(place: Place) -> Iterator[Plot]:
     series = []
     for i, at in enumerate(places(place.yard)[: -len(STYLES) - 1 : -1]):  # of more budgets the largest
         for mixer in MIXERS:
-            curve = _gaps(f"{mixer}, {human(at.budget)}", mixer, [(_share(s), c) for s in at.splits if (c := at.best(mixer, s))], teacher,
+            curve = _gaps(f"{mixer}, {human(at.budget)}", mixer, _alike((_share(s), at.variants(mixer, s)) for s in at.splits), teacher,
                           dash=STYLES[i % len(STYLES)])
             if len(curve.x) > 1:
                 series.append(curve)
@@ -210,15 +218,11 @@ def _mixer(place: Place) -> Iterator[Plot]:
     teacher = _teacher(place)
     if teacher is None:
         return
-    run = {s: [m for m in MIXERS if place.best(m, s)] for s in place.splits}
+    run = {s: _alike((m, place.variants(m, s)) for m in MIXERS) for s in place.splits}
     split = max(sorted(run), key=lambda s: len(run[s]), default="")
     if len(run.get(split, [])) < 2:
         return
-    series = []
-    for mixer in run[split]:
-        shown = MIXERS[mixer] or mixer
-        bar = _gaps(shown, mixer, [(shown, place.best(mixer, split))], teacher, "bar")  # type: ignore[list-item]
-        series.append(bar)
+    series = [_gaps(shown, mixer, [(shown, cells)], teacher, "bar") for mixer, cells in run[split] for shown in (MIXERS[mixer] or mixer,)]
     published = _published(paper.TABLES["mixer"].rows)
     published.kind, published.label = "points", "paper (Pythia-1B, 10B tokens, 50/50)"
     yield Plot("mixer", f"Parts of the mixer at {split}", "", "gap to the teacher, %", [*series, published], place=place.label, note=_seeds(series))

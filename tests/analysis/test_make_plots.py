@@ -174,3 +174,17 @@ def test_recipes_are_drawn_against_the_adapted_teacher_of_another_study(runs, tm
     assert (tmp_path / "recipes/plots/recipes.pdf").is_file()
     (series,) = named(all_plots(records_of(load_records(runs.root)))[0], "recipes").series
     assert series.y == pytest.approx([math.log(40 / 16), math.log(24 / 16)])
+
+
+def test_a_line_joins_cells_of_the_same_settings_though_others_are_better(runs):
+    runs.teacher("split")
+    for one, tuned, ours in ((10, 30.0, None), (50, 32.0, 25.0), (90, 40.0, None), (75, None, 26.0)):
+        for ppl, stage1 in ((tuned, {"loss": "cosine"}), (ours, {"loss": "mse"})):
+            if ppl:
+                runs.add("split", one=one, two=100 - one, ppl=ppl, stage1=stage1)
+    runs.add("mixer", mixer="hedgehog", one=50, two=50, ppl=35.0, stage1={"loss": "cosine"})
+    made = all_plots(records_of(load_records(runs.root)))[0]
+    curve = line(named(made, "split"), "hedgemamba")
+    assert curve.x == [10, 50, 90]
+    assert curve.y == pytest.approx([50, 60, 100])
+    assert [s.y[0] for s in named(made, "mixer").series[:2]] == pytest.approx([75, 60])
