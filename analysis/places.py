@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from analysis.rows import (
-    SINCE,
     TEACHERS,
     YARDSTICK,
     Record,
@@ -102,7 +101,7 @@ class Place:
             varied = [k for k in dict.fromkeys(k for c in variants for k in c.settings)
                       if len({c.settings.get(k, "null") for c in variants}) > 1]
             for cells in variants:
-                said = ", ".join(f"{k.removeprefix('settings.')}={cells.settings.get(k, SINCE.get(k, 'null'))}" for k in varied)
+                said = ", ".join(f"{k.removeprefix('settings.')}={cells.settings.get(k, 'null')}" for k in varied)
                 found.append(Cells(f"{cells.name} ({said})" if said else cells.name, cells.records, cells.settings))
         adapted = [a for c in found[1:] if (a := self.adapted(c))]
         return [*found, *{a.records[0]["path"]: a for a in adapted}.values()]
@@ -125,7 +124,7 @@ class Place:
             return a, b, ""
         a, b = (min(found, key=lambda c: c.ppl) for found in (first, second))
         varied = sorted(k for k in {*a.settings, *b.settings} if a.settings.get(k) != b.settings.get(k))
-        shown = ", ".join(f"{k.removeprefix('settings.')} {' / '.join(c.settings.get(k, SINCE.get(k, 'null')) for c in (a, b))}" for k in varied)
+        shown = ", ".join(f"{k.removeprefix('settings.')} {a.settings.get(k, 'null')} / {b.settings.get(k, 'null')}" for k in varied)
         return a, b, f"each at its own settings: {shown}"
 
     def teacher(self) -> Cells | None:

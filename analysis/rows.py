@@ -91,9 +91,10 @@ def hybrid(record: Record) -> str:
 
 
 def settings_that_matter(record: Record) -> dict[str, str]:
-    """The settings that decide what is trained, apart from the seed, as text."""
+    """The settings that decide what is trained, apart from the seed, as text; those that an older record lacks as they were in effect."""
     unused = UNUSED.get(recipe_of(record), ())
-    return {k: text(v) for k, v in record.items() if k.startswith("settings.") and k not in OPERATIONAL and SINCE.get(k) != v
+    given = record | {k: v for k, v in SINCE.items() if k not in record}
+    return {k: text(v) for k, v in given.items() if k.startswith("settings.") and k not in OPERATIONAL
             and (k in YARDSTICK or not (k.startswith("settings.eval.")
                                         or k.removeprefix("settings.").startswith(unused or ("\0",))))}
 
@@ -205,7 +206,7 @@ def apart(named: list[tuple[str, Record]], notes: list[str]) -> list[tuple[str, 
                          f"{', '.join(v.removeprefix('settings.') for v in varied)}: a row for each.")
         for r in group:
             said = settings_that_matter(r)
-            what = ", ".join(f"{s.removeprefix('settings.')}={_readable(r.get(s), said.get(s, SINCE.get(s, 'null')))}"
+            what = ", ".join(f"{s.removeprefix('settings.')}={_readable(r.get(s), said.get(s, 'null'))}"
                              for s in varied)
             told.append((f"{name} ({what})" if what else name, r))
     return told
