@@ -222,7 +222,10 @@ def _mixer(place: Place) -> Iterator[Plot]:
     split = max(sorted(run), key=lambda s: len(run[s]), default="")
     if len(run.get(split, [])) < 2:
         return
-    series = [_gaps(shown, mixer, [(shown, cells)], teacher, "bar") for mixer, cells in run[split] for shown in (MIXERS[mixer] or mixer,)]
+    series = []
+    for mixer, cells in run[split]:
+        shown = MIXERS[mixer] or mixer
+        series.append(_gaps(shown, mixer, [(shown, cells)], teacher, "bar"))
     published = _published(paper.TABLES["mixer"].rows)
     published.kind, published.label = "points", "paper (Pythia-1B, 10B tokens, 50/50)"
     yield Plot("mixer", f"Parts of the mixer at {split}", "", "gap to the teacher, %", [*series, published], place=place.label, note=_seeds(series))
@@ -269,8 +272,8 @@ def _cosine(place: Place) -> Iterator[Plot]:
     for cells in sorted(place.everything(), key=lambda c: (_colour(c) != "hedgemamba", c.ppl)):
         curve = _curve(cells.records[0], "stage1")
         layers = sorted(int(name[6:]) for name in curve if name.startswith("layer.") and name[6:].isdecimal())
-        aligned = cells.records[0].get("settings.stage1.loss", "cosine") == "cosine"  # another loss says nothing of it
-        if layers and len(curve["loss"]) > 1 and aligned:
+        by_cosine = cells.settings.get("settings.stage1.loss") == "cosine"  # another loss says nothing of it
+        if layers and len(curve["loss"]) > 1 and by_cosine:
             z = [[1 - loss for loss in curve[f"layer.{i}"]] for i in layers]
             yield Plot("stage1_cosine", "Stage 1: cosine similarity by layer", "tokens of stage 1", "layer",
                        heat=(curve["tokens"], [float(i) for i in layers], z), place=f"{place.label}, {cells.name}")
@@ -301,7 +304,7 @@ def _downstream(place: Place) -> Iterator[Plot]:
         series.append(Series(cells.name, _colour(cells), [paper.METRICS[t].short for t in found], [m[0] for m in found.values()], "bar",
                              list(errors.values()), paths=[_paths(cells)] * len(found),
                              hover=[f"{cells.name}, {t}: {m[0]:.2f}%" for t, m in found.items()]))
-    if any(cells.name not in TEACHERS for cells in _leading(place) if any(_mean(cells, t) for t in paper.TASKS)):
+    if any(s.colour not in TEACHERS for s in series):
         yield Plot("downstream", "Zero-shot accuracy", "", "accuracy, %", series, place=place.label,
                    note="Of each mixer the cell with the lowest perplexity, mean over its seeds. Error bars: the harness's standard error over the items.")
 
