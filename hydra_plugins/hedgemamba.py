@@ -129,9 +129,6 @@ class PlanLauncher(Launcher):
             finish(cells, plan, outcome)
         except UserError as error:
             leave(error)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
-            sys.exit(130)
         for study in dict.fromkeys(cell.s.study for cell in cells.values()):
             print_tables(str(self.store_root), study)
         if outcome is not None and report(plan, outcome):

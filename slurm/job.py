@@ -67,7 +67,8 @@ class StopRequest:
 
     @property
     def status(self) -> int:
-        return {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}.get(self.signal, REQUEUE)  # type: ignore[call-overload]
+        ends: dict[int | None, int] = {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
+        return ends.get(self.signal, REQUEUE)
 
     def _asked(self, signum: int, frame: FrameType | None) -> None:
         if self.signal is None:

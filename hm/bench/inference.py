@@ -153,7 +153,7 @@ def measure_decode(model: PreTrainedModel, batch: int, context: int, steps: int,
     try:
         with unmasked([backbone]):  # one token sees all that is cached
             if compiled:
-                torch.compiler.reset()  # PyTorch compiles a function for so many sizes and no more, and is silent about it
+                torch.compiler.reset()  # PyTorch compiles a function so many times and no more
                 for layer in layers:
                     layer.compile()
             decoder.capture()
