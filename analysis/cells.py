@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from analysis import paper
+from analysis.abilities import abilities
 from analysis.rows import (
     TEACHERS,
     Record,
@@ -34,6 +35,7 @@ def cells_of(records: list[Record], usable: list[Record], notes: list[str]) -> d
             if reference := values_of(references(recipe, first, usable, notes), "ppl"):
                 cells[f"gap_{recipe}_pct"] = Cell(100 * (statistics.fmean(ppls) / statistics.fmean(reference) - 1))
     cells |= _accuracies(records, references("teacher", first, usable, []))
+    cells |= {name: Cell(*point) for name, point in abilities(records).items()}
     if "params.total" in first:
         cells["params_millions"] = Cell(first["params.total"] / 1e6)
     for stage in (1, 2):

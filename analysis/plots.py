@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from analysis import paper
+from analysis.abilities import mean, needle, recall
 from analysis.bench import Bench
 from analysis.places import Cells, Place, places
 from analysis.recipes import at_budgets
@@ -325,6 +326,34 @@ def _position(place: Place) -> Iterator[Plot]:
                    note="Of each mixer one seed of the cell with the lowest perplexity. Error bars: standard error over the sequences.")
 
 
+def _recall(place: Place) -> Iterator[Plot]:
+    """Recall against the number of pairs at the longest length, and the needle against the length: each mixer's best cell."""
+    kinds = (("recall", "Associative recall", "pairs of key and value", _longest, "Error bars: standard error over the sequences."),
+             ("needle", "A needle in held-out text", "length, tokens", needle, "The mean over where it lies."))
+    for name, title, label, measured, about in kinds:
+        series: list[Series] = []
+        for cells in _leading(place):
+            found: dict[float, list[tuple[float, float | None]]] = {}
+            for r in cells.records:
+                for x, point in measured(r).items():
+                    found.setdefault(x, []).append(point)
+            points = {x: mean(of_seeds) for x, of_seeds in sorted(found.items())}
+            if points:
+                series.append(Series(cells.name, _colour(cells), list(points), [p[0] for p in points.values()], error=[p[1] for p in points.values()],
+                                     paths=[_paths(cells)] * len(points), hover=[f"{cells.name}, {x}: {p[0]:.1f}%" for x, p in points.items()]))
+        if series:
+            if name == "recall":
+                asked = sorted({x for s in series for x in s.x})
+                series.append(Series("by chance", "other", asked, [100 / x for x in asked], dash="dot"))
+            yield Plot(name, title, label, "accuracy, %", series, log_x=True, place=place.label,
+                       note=f"Of each mixer the cell with the lowest perplexity, mean over its seeds. {about}")
+
+
+def _longest(record: Record) -> dict[int, tuple[float, float | None]]:
+    """Recall by the number of pairs, each at the longest length that was asked."""
+    return {pairs: point for (_, pairs), point in sorted(recall(record).items())}
+
+
 def _decay(place: Place) -> Iterator[Plot]:
     """The decay rate of each layer: of each mixer's best cell the median head, of the best of all also the range over heads."""
     found = []
@@ -388,5 +417,6 @@ _KINDS: dict[str, tuple[str, Callable[[Place], Iterator[Plot]]]] = {
     "stage1_cosine": ("curves of a stage 1 in the records", _cosine),
     "downstream": ("accuracies in the records (eval.tasks)", _downstream),
     "position": ("ppl_by_position in the records (eval.lengths)", _position),
+    "recall": ("recall or a needle in the records (eval.recall, eval.needle)", _recall),
     "decay": ("diagnostics in the records (eval.diagnostics)", _decay),
 }

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 TITLES = {"main": "Main comparison", "mixer": "Parts of the mixer", "split": "Tokens by stage",
           "budget": "Total budget", "one_step": "One step instead of two", "scale": "Sizes of the teacher",
           "controls": "Controls", "recipes": "Recipes", "demo": "The demo"}
+ABILITIES = "recall, agreement with the teacher, generated text"
+PAIRS = (4, 16, 64)
 DEMO_ORDER = ("teacher", "<", "hedgemamba 10/90", "<=", "hedgehog 10/90", "<", "0/100", "<", "one_step")
 
 
@@ -63,6 +65,12 @@ COLUMNS = [
     Column("peak_memory_gb", "memory GB", "gb", block="cost"),
     *_task_columns("", "", "acc", "accuracy, %", "up", ranked=True),
     *_task_columns("_minus_teacher", "", "points", "accuracy minus the teacher's", "up"),
+    *[Column(f"recall_{pairs}", f"recall,\n{pairs} pairs", "acc", "up", ABILITIES) for pairs in PAIRS],
+    Column("needle", "needle", "acc", "up", ABILITIES),
+    Column("agreement_top1", "top-1\nagreement", "acc", "up", ABILITIES),
+    Column("agreement_kl", "KL,\nnats", "nats", "down", ABILITIES),
+    Column("repetition", "repetition\n%", "acc", "", ABILITIES),
+    Column("teacher_nll", "teacher's\nnats", "nats", "down", ABILITIES),
     *_task_columns("", "paper\n", "acc", "the paper's accuracy, %", "up"),
     *_task_columns("_minus_teacher", "paper\n", "points", "the paper's accuracy minus its teacher's", "up"),
 ]
@@ -200,6 +208,16 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
         notes.append(SINGLE)
     if keys & set(paper.TASKS):
         notes.append("± of an accuracy is the evaluation harness's standard error over the items.")
+    if pairs := [p for p in PAIRS if f"recall_{p}" in keys]:
+        chance = ", ".join(number_text(100 / p, "acc") for p in pairs)
+        notes.append("recall: share of the values of so many pairs of random tokens that are named again, among these values, in sequences of the "
+                     f"longest length that was asked; by chance {chance}. ± of these columns: standard error over the sequences.")
+    if "needle" in keys:
+        notes.append("needle: share of numbers in a long text that are named again, at the longest length, the mean over depths.")
+    if keys & {"agreement_top1", "agreement_kl"}:
+        notes.append("Agreement: share of positions of held-out text whose most likely token is the teacher's, and KL(teacher || model) per token.")
+    if keys & {"repetition", "teacher_nll"}:
+        notes.append("repetition: share of 4-grams of greedy continuations that were there before; teacher's nats: its loss on sampled ones, per token.")
     if any(cell.mark for _, cell in cells):
         notes.append(BOLD)
     if keys & {"gpu_hours", "cpu_hours"}:

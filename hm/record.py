@@ -16,7 +16,6 @@ record.json is an object with "schema": 1, the names of the cell ("study", "cell
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ def write_record(cell: Cell, started: str | None = None) -> dict:
     evaluated = cell.evaluate()
     metrics = json.loads((evaluated / "metrics.json").read_text())
     if (evaluated / "losses.json").exists():  # evaluations made by earlier versions have none
-        shutil.copyfile(evaluated / "losses.json", folder / "losses.json")
+        atomic_write(folder / "losses.json", (evaluated / "losses.json").read_bytes())
     trained = cell.training_steps()
     results = {kind: store.read_json(kind, key)["result"] for kind, key in trained}
     write_log(folder / "metrics.jsonl", [(kind, store.path(kind, key) / "metrics.jsonl") for kind, key in trained])

@@ -76,11 +76,16 @@ def cancel(ids: Iterable[str]) -> None:
 
 
 def refusal(options: Sequence[str]) -> str | None:
-    """Why sbatch would refuse a job with these options; None if it would take it. Nothing is queued."""
+    """Why sbatch would refuse a job with these options; None if it would take it. Nothing is queued.
+
+    Raises Unreachable if the controller doesn't answer.
+    """
     done = _call(["sbatch", "--test-only", *options, "--wrap=true"])
-    if done.returncode == 0:
+    if done.returncode == 0 or "Requested nodes are busy" in done.stderr:  # a job would wait for them
         return None
     lines = [re.sub(r"^(sbatch: )?(error: )?(allocation failure: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
+    if silent := [line for line in lines if re.search(r"[Uu]nable to contact|timed out|Connection refused|Zero Bytes", line)]:
+        raise Unreachable(silent[0])
     return "; ".join(dict.fromkeys(lines)) or f"sbatch --test-only ended with status {done.returncode}"
 
 

@@ -53,6 +53,10 @@ def write(root, study, row, recipe, mixer, percent, budget, seed, teacher="smoll
         metrics[task] = {"value": 45 + 2 * i - 12 * (value - math.log(23)) + rng.gauss(0, 0.3), "stderr": 0.8, "version": 1.0, "shots": 0}
     positions = [256, 512, 1024, 2048, 4096]
     metrics["ppl_by_position"] = {"positions": positions, "ppl": [math.exp(value) * (1 + 100 / p) for p in positions], "stderr": [0.5] * 5}
+    metrics["recall"] = [{"pairs": pairs, "length": length, "n": 32, "accuracy": 100 / pairs if student else 90.0 - length / 100, "stderr": 2.0, "exact": 0.0}
+                         for length in (256, 512, 1024) for pairs in (4, 16, 64)]
+    metrics["needle"] = [{"length": length, "depth": depth, "n": 4, "accuracy": 100.0 * depth, "gain": 1.0, "stderr": 0.1}
+                         for length in (1024, 4096) for depth in (0.1, 0.5, 0.9)]
     if student:
         metrics["ppl_start"] = {"value": 280.0, "stderr": 5.0}
         metrics["diagnostics"] = {"quantiles": [0, 0.5, 1], "layers": [

@@ -12,7 +12,7 @@ from analysis.rows import records_of
 
 ODD = ["x", "", [1, "a", None], {"a": 1}, None, True, -1, 0, 1e308, 0.5, "=1+1", "<b>", "$x$\\end{table}"]
 PLACES = ["settings.budget", "settings.seed", "settings.stage1_tokens", "settings.teacher", "settings.eval", "settings.recipe", "settings.mixer",
-          "settings.keep_attention", "metrics.ppl_by_position", "metrics.diagnostics", "params.by_part", "timing.stage1_seconds", "timing.student_tokens_per_second",
+          "settings.keep_attention", "metrics.ppl_by_position", "metrics.diagnostics", "metrics.recall", "metrics.needle", "metrics.agreement", "metrics.agreement.top1.value", "params.by_part", "timing.stage1_seconds", "timing.student_tokens_per_second",
           "peak_memory.student", "provenance.command", "provenance.device", "provenance.device_type", "provenance.processes", "provenance.processes.student", "provenance.artifacts", "provenance.started", "row", "curves", "curves.stage1", "curves.student.tokens", "curves.stage1.loss"]
 
 
@@ -59,6 +59,6 @@ def test_the_commands_list_what_is_broken_and_make_the_rest(store, tmp_path, cap
 def test_plots_are_drawn_from_what_is_usable(store):
     plots, _ = all_plots(records_of(load_records(store)))
     first = {plot.name: plot for plot in plots}
-    assert set(first) == {"budget", "split", "mixer", "loss", "stage1_cosine", "downstream", "position", "decay"}
+    assert set(first) == {"budget", "split", "mixer", "loss", "stage1_cosine", "downstream", "position", "recall", "needle", "decay"}
     for plot in first.values():
         draw(plot)

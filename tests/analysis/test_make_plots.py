@@ -39,7 +39,7 @@ def line(plot, label):
 
 
 def test_every_plot_of_the_study_is_made_from_a_full_store(plots, store):
-    assert {p.name for p in plots} == {"budget", "split", "mixer", "loss", "stage1_cosine", "downstream", "position", "decay"}
+    assert {p.name for p in plots} == {"budget", "split", "mixer", "loss", "stage1_cosine", "downstream", "position", "recall", "needle", "decay"}
     speed, missing = speed_plots(load_bench(store / "results/bench")[0])
     assert ({p.name for p in speed}, missing) == ({"decoding", "decoding_memory", "prefill"}, [])
     assert "batch 256, 131.1k: out of memory" in speed[0].note
@@ -109,13 +109,20 @@ def test_the_decay_is_the_median_and_the_range_over_heads(plots):
     assert (band.y[2], median.y[2], band.top[2]) == pytest.approx((0.003, 0.03, 0.3))
 
 
+def test_recall_is_at_the_longest_length_beside_chance(plots):
+    plot = named(plots, "recall")
+    assert (line(plot, "teacher").x, line(plot, "teacher").y) == ([4, 16, 64], [pytest.approx(90.0 - 10.24)] * 3)
+    assert line(plot, "by chance").y == [25.0, 6.25, 1.5625]
+    assert line(named(plots, "needle"), "hedgemamba").y == [50.0, 50.0]  # at 1024 and 4096, the mean over depths
+
+
 def test_what_can_not_be_drawn_is_said_in_a_line_each_and_the_rest_is_drawn(runs, tmp_path, capsys):
     runs.teacher("lab")
     runs.add("lab", one=10)
     runs.add("lab", one=50, two=50)
     assert main(["--runs", str(runs.root), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
-    for name in ("budget", "mixer", "loss", "stage1_cosine", "downstream", "position", "decay"):
+    for name in ("budget", "mixer", "loss", "stage1_cosine", "downstream", "position", "recall", "decay"):
         assert re.search(rf"^lab: {name}: not drawn, needs .+$", said, re.M)
     assert "decoding: not drawn, needs" in said
     assert sorted(p.name for p in (tmp_path / "out/lab/plots").iterdir()) == ["split.pdf", "split.png", "split.svg"]

@@ -363,6 +363,24 @@ def test_accuracies_have_the_harness_error_the_distance_to_the_teacher_and_their
     assert cells["paper_piqa_minus_teacher"].value == pytest.approx(68.72 - 70.72)
 
 
+def test_recall_needle_agreement_and_generated_text_have_columns_of_their_own(runs):
+    def asked(accuracy, length):
+        return {"pairs": 16, "length": length, "accuracy": accuracy, "stderr": 3.0}
+
+    for seed, accuracy in ((0, 10.0), (1, 14.0)):
+        runs.add("main", "hedgemamba", seed=seed, metrics={
+            "recall": [asked(99.0, 256), asked(accuracy, 1024)],
+            "needle": [{"length": length, "depth": depth, "accuracy": 10.0 * length * depth} for length in (1, 4) for depth in (0.5, 1.0)],
+            "agreement": {"top1": {"value": 60.0, "stderr": 0.5}, "kl": {"value": 0.4}},
+            "generation": {"greedy": {"repetition": {"value": 30.0 + seed, "stderr": 4.0}}, "sampled": {"teacher_nll": {"value": 5.0}}}})
+    cells = runs.rows("main")["hedgemamba"]
+    seen = {key: (cells[key].value, cells[key].spread) for key in ("recall_16", "needle", "agreement_top1", "agreement_kl", "repetition", "teacher_nll")}
+    assert seen == {"recall_16": (12.0, 3.0), "needle": (30.0, None), "agreement_top1": (60.0, 0.5), "agreement_kl": (0.4, None),
+                    "repetition": (30.5, 4.0), "teacher_nll": (5.0, None)}
+    assert "recall_4" not in cells
+    assert runs.notes("main", "by chance 6.25")
+
+
 def test_a_mean_accuracy_needs_all_ten_tasks(runs):
     runs.add("main", "hedgemamba", metrics={"piqa": {"value": 60.0, "stderr": 1.0}})
     cells = runs.rows("main")["hedgemamba"]

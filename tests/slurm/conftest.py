@@ -79,6 +79,12 @@ class Sweep:
             self.process.kill()
             pytest.fail(f"the sweep did not end within {seconds} s:\n{self.log.read_text()}")
 
+    def ends_with(self, wanted):
+        """What it said, once it has ended with the status `wanted`."""
+        status, said = self.wait()
+        assert status == wanted, said
+        return said
+
 
 @pytest.fixture
 def start_sweep(tmp_path):

@@ -54,9 +54,8 @@ def test_two_sweeps_that_overlap_compute_each_step_once_and_a_failure_stops_only
     both = ["stage1_tokens=32", "budget=64", "stage2.clip=0", *small, *ON_CPUS]
     first = start_sweep("mixer=hedgehog,ssm", "stage2.lr=1e-3,1e30", *both)
     second = start_sweep("mixer=ssm,hedgemamba", "stage2.lr=1e-3", *both)
-    status, said = first.wait()
-    assert status == 1
-    assert second.wait()[0] == 0
+    said = first.ends_with(1)
+    second.ends_with(0)
 
     made = records(tmp_path / "runs")
     assert sorted(r["settings"]["mixer"] for r in made.values()) == ["hedgehog", "hedgemamba", "ssm"]
@@ -76,7 +75,7 @@ def test_two_sweeps_that_overlap_compute_each_step_once_and_a_failure_stops_only
     assert not any(job.alive for job in queue.values()), "what can never start is not left in the queue"
 
     before = submitted(tmp_path / "runs")
-    assert start_sweep("mixer=ssm,hedgemamba", "stage2.lr=1e-3", *both).wait()[0] == 0
+    start_sweep("mixer=ssm,hedgemamba", "stage2.lr=1e-3", *both).ends_with(0)
     assert submitted(tmp_path / "runs") == before, "a finished sweep queues nothing"
 
 
@@ -99,24 +98,24 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
     os.kill(int((cluster / "run/slurmctld.pid").read_text()), signal.SIGKILL)
     with pytest.raises(scheduler.Unreachable):
         scheduler.jobs()
+    with pytest.raises(scheduler.Unreachable):
+        scheduler.refusal(["--time=1"])
     run("/usr/sbin/slurmctld")
     wait_until(answers, "the restarted controller")
     endless = ["stage1_tokens=0", "budget=10M", "checkpoint_every=5000", "hydra.launcher.time=1m", "hydra.launcher.save_before=58"]
     timed_out = start_sweep(*small, *ON_CPUS[:2], *endless, runs="timed_out")
 
-    status, said = killed.wait()
-    assert status == 1
+    said = killed.ends_with(1)
     assert re.search(r"failed: default/hedgemamba-0-100-s0: its job ended as FAILED .*\(log: \S+\)", said)
     assert records(tmp_path / "killed") == {}
     again = start_sweep(*small, *LONG, runs="killed")
     entry, _ = wait_until(lambda: running(tmp_path / "killed"), "the step that goes on")
     run("scancel", entry["job"])
-    status, said = again.wait()
-    assert status == 1
+    said = again.ends_with(1)
     assert "its job ended as CANCELLED" in said
-    assert start_sweep(*small, *LONG, runs="killed").wait()[0] == 0
+    start_sweep(*small, *LONG, runs="killed").ends_with(0)
 
-    assert preempted.wait()[0] == 0
+    preempted.ends_with(0)
     assert re.search(r"asked to stop by SIGUSR2; saving.* saved its state after step \d+ of 2000.*requeue of job", logs(tmp_path / "preempted"), re.S)
     assert records(tmp_path / "preempted") == records(tmp_path / "killed"), "bit for bit"
     (record,) = records(tmp_path / "killed").values()
@@ -125,14 +124,13 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
     saved = wait_until(lambda: re.search(r"saved its state after step (\d+) of 625000", logs(tmp_path / "timed_out")), "the time limit")
     wait_until(lambda: progress(tmp_path / "timed_out") > int(saved[1]), "the step that goes on after it")
     run("scancel", *(job for job, state in scheduler.jobs().items() if state.alive))
-    assert timed_out.wait()[0] == 1
+    timed_out.ends_with(1)
 
 
 def test_hydras_own_launcher_runs_a_cell_a_job(start_sweep, small, tmp_path):
     sweep = start_sweep("stage1_tokens=0", "budget=64", "mixer=hedgehog,ssm", *small, "hydra/launcher=submitit_slurm",
                         "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1")  # fmt: skip
-    status, said = sweep.wait()
-    assert status == 0, said
+    said = sweep.ends_with(0)
     assert sorted(r["settings"]["mixer"] for r in records(tmp_path / "runs").values()) == ["hedgehog", "ssm"]
     assert list((tmp_path / "runs/default/.submitit").glob("*_1"))
 
@@ -231,7 +229,6 @@ def test_when_one_of_the_jobs_is_refused_those_before_it_are_cancelled(planned):
 
 def test_a_job_whose_node_can_not_write_its_log_ends_the_sweep_with_the_store_named(start_sweep, small, tmp_path):
     sweep = start_sweep("budget=64", "stage1_tokens=0", *small, *ON_CPUS, "+hydra.launcher.extra.output=/nowhere/log")
-    status, said = sweep.wait()
-    assert status == 1
+    said = sweep.ends_with(1)
     assert re.search(r"failed: default/\S+: its job ended as FAILED .*left no log: can its node write to \S+runs\?", said)
     assert not any(job.alive for job in scheduler.jobs().values())

@@ -1,0 +1,61 @@
+"""What a record says of a model beyond perplexity and tasks: recall, a needle, generated text, agreement with the teacher."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from analysis.rows import Record, number
+
+SINGLE = {"agreement_top1": "agreement.top1", "agreement_kl": "agreement.kl", "repetition": "generation.greedy.repetition",
+          "teacher_nll": "generation.sampled.teacher_nll"}
+"""Names of numbers -> where they stand among a record's metrics."""
+Point = tuple[float, float | None]
+"""A value and its standard error."""
+
+
+def abilities(records: list[Record]) -> dict[str, Point]:
+    """Means over the records (seeds of one row): those of SINGLE, "recall_<pairs>" at the longest length that was asked, and "needle" there.
+
+    All seeds answer the same questions, so the error is that of the questions: the root mean square over the seeds.
+    """
+    found: dict[str, list[Point]] = {}
+    for r in records:
+        for name, where in SINGLE.items():
+            if (value := number(r, f"metrics.{where}.value")) is not None:
+                found.setdefault(name, []).append((value, number(r, f"metrics.{where}.stderr")))
+        longest: dict[str, Point] = {}
+        for (_, pairs), point in sorted(recall(r).items()):
+            longest[f"recall_{pairs}"] = point
+        for _, point in sorted(needle(r).items()):
+            longest["needle"] = point
+        for name, point in longest.items():
+            found.setdefault(name, []).append(point)
+    return {name: mean(points) for name, points in found.items()}
+
+
+def recall(record: Record) -> dict[tuple[int, int], Point]:
+    """{(length, pairs): accuracy in percent} of multi-query associative recall."""
+    return {(int(x["length"]), int(x["pairs"])): (x["accuracy"], x.get("stderr")) for x in _measured(record, "recall", "length", "pairs")}
+
+
+def needle(record: Record) -> dict[int, Point]:
+    """{length: accuracy in percent}, the mean over where the needle lay; without an error."""
+    at: dict[int, list[float]] = {}
+    for x in _measured(record, "needle", "length", "depth"):
+        at.setdefault(int(x["length"]), []).append(x["accuracy"])
+    return {length: (statistics.fmean(values), None) for length, values in at.items()}
+
+
+def mean(points: list[Point]) -> Point:
+    errors = [error for _, error in points if error is not None]
+    return statistics.fmean(value for value, _ in points), math.sqrt(statistics.fmean(e * e for e in errors)) if errors else None
+
+
+def _measured(record: Record, name: str, *keys: str) -> list[dict[str, Any]]:
+    """The entries of a list of measurements that have a finite accuracy and each of the keys."""
+    entries = record.get(f"metrics.{name}")
+    wanted = ("accuracy", *keys)
+    return [x for x in (entries if isinstance(entries, list) else []) if isinstance(x, dict) and all(number(x, k) is not None for k in wanted)
+            and (x.get("stderr") is None or number(x, "stderr") is not None)]
