@@ -341,7 +341,7 @@ def _recall(place: Place) -> Iterator[Plot]:
             if points:
                 series.append(Series(cells.name, _colour(cells), list(points), [p[0] for p in points.values()], error=[p[1] for p in points.values()],
                                      paths=[_paths(cells)] * len(points), hover=[f"{cells.name}, {x}: {p[0]:.1f}%" for x, p in points.items()]))
-        if series:
+        if any(s.colour not in TEACHERS for s in series):
             if name == "recall":
                 asked = sorted({x for s in series for x in s.x})
                 series.append(Series("by chance", "other", asked, [100 / x for x in asked], dash="dot"))
@@ -417,6 +417,6 @@ _KINDS: dict[str, tuple[str, Callable[[Place], Iterator[Plot]]]] = {
     "stage1_cosine": ("curves of a stage 1 in the records", _cosine),
     "downstream": ("accuracies in the records (eval.tasks)", _downstream),
     "position": ("ppl_by_position in the records (eval.lengths)", _position),
-    "recall": ("recall or a needle in the records (eval.recall, eval.needle)", _recall),
+    "recall": ("recall or a needle in a student's records (eval.recall, eval.needle)", _recall),
     "decay": ("diagnostics in the records (eval.diagnostics)", _decay),
 }

@@ -130,7 +130,7 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
 def test_hydras_own_launcher_runs_a_cell_a_job(start_sweep, small, tmp_path):
     sweep = start_sweep("stage1_tokens=0", "budget=64", "mixer=hedgehog,ssm", *small, "hydra/launcher=submitit_slurm",
                         "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1")  # fmt: skip
-    said = sweep.ends_with(0)
+    sweep.ends_with(0)
     assert sorted(r["settings"]["mixer"] for r in records(tmp_path / "runs").values()) == ["hedgehog", "ssm"]
     assert list((tmp_path / "runs/default/.submitit").glob("*_1"))
 
