@@ -21,6 +21,7 @@ from hm.ops import step
 from hm.ops.recurrent import divide
 
 SECTOR = 8  # float32 numbers in the 32 bytes that a GPU's memory moves at once
+TILE = (64, 32)  # states and channels that a program of the kernel holds at a time
 PROGRAMS = 512  # of the kernel, where a small batch would leave most of a GPU's 100 to 150 processors without work
 
 
@@ -169,7 +170,7 @@ def step_in_place(state: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor 
     B, H, N, C = state.shape
     delta = state.new_ones(B, H) if delta is None else delta.float()
     decay = torch.ones_like(delta) if A is None else torch.exp(-delta * A.float())
-    row, block_n, block_c = state.stride(2), 64, 32
+    row, (block_n, block_c) = state.stride(2), TILE
     assert state.stride() == (H * N * row, N * row, row, 1)
     blocks = -(-C // block_c)
     parts = max(1, min(-(-N // block_n), PROGRAMS // (B * H * blocks)))

@@ -20,7 +20,7 @@ def kernel(state, q, k, v, delta, decay, y, H, repeats, N: tl.constexpr, P: tl.c
     value = tl.load(v + source * P + channel, mask=channel < P, other=1.0).to(tl.float32)
     value = value * tl.load(delta + head)
     keep = tl.load(decay + head)
-    total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)  # summed over states once, at the end: sums between threads are slow
     for first in range(part * BLOCK_N, N, parts * BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         key = tl.load(k + source * N + n, mask=n < N, other=0.0).to(tl.float32)
@@ -29,5 +29,5 @@ def kernel(state, q, k, v, delta, decay, y, H, repeats, N: tl.constexpr, P: tl.c
         inside = (n < N)[:, None] & (channel < ROW)[None, :]
         new = tl.load(place, mask=inside, other=0.0) * keep + key[:, None] * value[None, :]
         tl.store(place, new, mask=inside)
-        total += tl.sum(query[:, None] * new, axis=0)
-    tl.store(y + (head * parts + part) * C + channel, total, mask=channel < C)
+        total += query[:, None] * new
+    tl.store(y + (head * parts + part) * C + channel, tl.sum(total, axis=0), mask=channel < C)

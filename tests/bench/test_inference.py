@@ -40,12 +40,14 @@ def test_the_decoder_takes_the_steps_that_generate_takes(kind, mixer, make_teach
 def test_the_kernel_steps_as_the_definition_does():
     pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds")
     code = """
+import itertools
 import torch
+from hm import decode
 from hm.decode import step_in_place
 from hm.ops import step
-for B, H, G, N, P, normalize, delta, A in [(2, 4, 2, 32, 16, True, 1, 1), (1, 2, 2, 130, 65, True, 0, 0),
+for decode.TILE, (B, H, G, N, P, normalize, delta, A) in itertools.product([(64, 32), (8, 64)], [(2, 4, 2, 32, 16, True, 1, 1), (1, 2, 2, 130, 65, True, 0, 0),
                                            (3, 2, 1, 64, 33, False, 1, 1), (1, 2, 2, 8, 31, True, 1, 0),
-                                           (16, 16, 8, 96, 40, True, 1, 1)]:
+                                           (16, 16, 8, 96, 40, True, 1, 1)]):
     q, k, v = torch.rand(B, H, N), torch.rand(B, G, N), torch.randn(B, G, P)
     delta, A = torch.rand(B, H) if delta else None, torch.rand(H) if A else None
     state = torch.rand(B, H, N, P + normalize)
