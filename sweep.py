@@ -16,6 +16,7 @@ import difflib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,15 +69,18 @@ def plain_of(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
     return OmegaConf.to_container(own, resolve=resolve)  # type: ignore[return-value]
 
 
-def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
+def settings_of(plain: dict[str, Any], typed: list[str], folders: Sequence[Path] = (CONFIGS,)) -> Settings:
     """The settings of one cell: defaults, scale and study, then what was typed, then its row's own. A typed recipe= is for the
-    rows that name none.
+    rows that name none; one that a row names is a file of `folders`.
 
     Raises:
         UserError: a row that the study doesn't have, or a typed setting that the study's rows differ in.
     """
     rows = plain.get("rows") or {}
     plain = {k: v for k, v in plain.items() if k not in ("rows", "runs", "plan", "resources")}
+    for key in CHOICES:
+        if isinstance(plain.get(key), dict):
+            raise UserError(f"the file of {key}= lacks its first line, `# @package _global_`, without which its settings are not settings of a cell.")
     row = plain.get("row")
     if row is not None and rows:
         if row not in rows:
@@ -89,7 +93,7 @@ def settings_of(plain: dict[str, Any], typed: list[str]) -> Settings:
                 raise UserError(f"{name}= is what the row {row!r} of this study decides ({name}={value}); leave it out, or choose row=.")
         own = dict(rows[row])
         if "recipe" in own:  # a row may name a file of sweeps/recipe/, as the command line may
-            own = {k: v for k, v in recipe_settings(own.pop("recipe")).items() if k not in names} | own
+            own = {k: v for k, v in recipe_settings(own.pop("recipe"), folders).items() if k not in names} | own
         plain = flattened(plain) | own
     return from_dict(plain)
 
@@ -101,15 +105,20 @@ def flattened(plain: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if k not in groups} | flat
 
 
-def recipe_settings(name: str) -> dict[str, Any]:
-    """What the file of a recipe sets.
+def recipe_settings(name: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """What the file of a recipe sets, the last of `folders` first.
 
     Raises:
         UserError: a recipe without a file.
     """
-    known = sorted(p.stem for p in (CONFIGS / "recipe").glob("*.yaml"))
-    check_choice("recipe", name, known)
-    return flattened(OmegaConf.to_container(OmegaConf.load(CONFIGS / "recipe" / f"{name}.yaml")))  # type: ignore[arg-type]
+    files = {p.stem: p for folder in folders for p in (folder / "recipe").glob("*.yaml")}
+    check_choice("recipe", name, sorted(files))
+    return flattened(OmegaConf.to_container(OmegaConf.load(files[name])))  # type: ignore[arg-type]
+
+
+def config_folders(config: Any) -> list[Path]:
+    """Where scales, studies and recipes lie, by Hydra's part of a configuration: sweeps/ and the folder of --config-dir."""
+    return [Path(source.path) for source in reversed(config.runtime.config_sources) if source.schema == "file"]
 
 
 def check_typed(arguments: list[str]) -> None:
@@ -178,7 +187,7 @@ def main(cfg: DictConfig) -> None:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # a launcher of several processes passes Ctrl-C on in its own way
     with StopRequest(30.0, leave_job, keyboard=alone) as stop:
         try:
-            settings = settings_of(plain_of(cfg), typed)
+            settings = settings_of(plain_of(cfg), typed, config_folders(HydraConfig.get()))
             if cfg.plan:
                 return print_plan(settings, store)
             with parallel.group(pick_device(settings.device)):

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 
 from analysis.cells import perplexity
-from analysis.rows import TEACHERS, Record, agreeing, apart, human, natural, number, recipe_of, text
+from analysis.rows import TEACHERS, Record, agreeing, apart, human, in_order, number, recipe_of, text
 from analysis.table import BOLD, SINGLE, Cell, Column, Row, Table, mark_best
 
 FIRST = ("teacher", "adapted_teacher", "paper")
@@ -63,7 +63,7 @@ def _name(record: Record) -> str:
 
 
 def _order(label: str) -> tuple:
-    return (FIRST.index(label) if label in FIRST else len(FIRST), natural(label))
+    return (FIRST.index(label) if label in FIRST else len(FIRST), in_order("recipes", label))
 
 
 def _ppls(records: list[Record]) -> dict[str, float]:

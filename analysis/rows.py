@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
+
+STUDIES = Path(__file__).parent.parent / "sweeps" / "study"
 
 PARTS = ("ssm", "conv", "gate")
 MIXERS = {"hedgehog": "", "ssm": "+ssm", "ssm_conv": "+ssm+conv", "hedgemamba": "+ssm+conv+gate", "gate": "+gate"}
@@ -214,6 +218,23 @@ def apart(named: list[tuple[str, Record]], notes: list[str]) -> list[tuple[str, 
 
 def _readable(value: Any, plain: str) -> str:
     return human(value) if isinstance(value, int) and not isinstance(value, bool) and value >= 1000 else plain
+
+
+@cache
+def listed(study: str) -> dict[str, int]:
+    """The rows of a study of sweeps/study with their places in its file; empty where it has none, or none of the name."""
+    import yaml
+
+    files = {p.stem: p for p in STUDIES.glob("*.yaml")}
+    rows = yaml.safe_load(files[study].read_text()).get("rows") if study in files else None
+    return {str(name): place for place, name in enumerate(rows or {})}
+
+
+def in_order(study: str, label: str) -> tuple[int, list[tuple[int, float, str]]]:
+    """A sort key: rows as the study's file lists them (each with its settings in brackets or not), then others by name."""
+    places = listed(study)
+    whose = label if label in places else label.partition(" (")[0]
+    return places.get(whose, len(places)), natural(label)
 
 
 def cell_names(records: list[Record]) -> list[tuple[str, Record]]:

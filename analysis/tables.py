@@ -21,6 +21,7 @@ from analysis.rows import (
     borrowed,
     cell_names,
     groups,
+    in_order,
     natural,
     recipe_of,
     records_of,
@@ -109,7 +110,7 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
         return recipes.table(name, caption, mine, notes)
     published = _published(study)
     rows: dict[str, list[Record]] = {label: [] for label in published}
-    for label, record in sorted(_named(study, mine, set(published), notes), key=lambda pair: natural(pair[0])):
+    for label, record in sorted(_named(study, mine, set(published), notes), key=lambda pair: in_order(study, pair[0])):
         rows.setdefault(label, []).append(record)
     if "teacher" in rows:
         rows = {"teacher": rows.pop("teacher"), **rows}

@@ -33,7 +33,7 @@ from hm.export import export, exported
 from hm.files import weight_errors
 from hm.inputs import Inputs
 from hm.measure import enough_text, measure, wanted
-from hm.mixer import KINDS, Mixer
+from hm.mixer import KINDS, Mixer, own_feature_map
 from hm.modeling import StudentForCausalLM, load_student
 from hm.objectives import STAGE1, Align, FineTune
 from hm.progress import progress_bar, say
@@ -95,6 +95,8 @@ class Cell:
                                 "feature_map": vars(s.feature_map), "keep_attention": self.kept_in_stage1}  # fmt: skip
         if s.stage1.train == "mixer":
             what |= self.mixer_key
+        elif own_feature_map(s.mixer):
+            what["mixer"] = s.mixer
         return content_key(what)
 
     @property
@@ -216,14 +218,15 @@ class Cell:
         return model.to(device=self.device)  # type: ignore[call-arg]
 
     def fresh_student(self, teacher: PreTrainedModel, stage1: bool = False) -> StudentForCausalLM:
-        """A converted student; stage1: as stage 1 trains it, which for feature maps alone is a plain Hedgehog student."""
+        """A converted student; stage1: as stage 1 trains it, which for feature maps alone is a plain Hedgehog student,
+        or one of a mixer that has other feature maps, without its parts."""
         s = self.s
         plain = stage1 and s.stage1.train == "maps"
         kept = self.kept_in_stage1 if stage1 else s.keep_attention
         parts = {"ssm": False, "conv": False, "gate": False} if plain else {"ssm": s.ssm, "conv": s.conv, "gate": s.gate}
         if s.mixer == "mamba":
             return convert(teacher, "mamba", keep_attention=kept, copy_projections=s.mamba.copy_projections, scan=s.scan, seed=s.seed)
-        return convert(teacher, "hedgehog" if plain else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
+        return convert(teacher, "hedgehog" if plain and not own_feature_map(s.mixer) else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
                        decay="head" if plain else s.decay, ssm_init="exact" if plain else s.ssm_init, scan=s.scan, seed=s.seed)
 
     @contextmanager

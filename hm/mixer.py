@@ -260,15 +260,19 @@ class BaseMixer(nn.Module):
 
 
 class Mixer(BaseMixer):
-    """Linear attention with SSM, convolution and gate each on or off; see the equations at the top of the file."""
+    """Linear attention with SSM, convolution and gate each on or off; see the equations at the top of the file.
 
+    Another kernel is a subclass with another FEATURE_MAP; by it a stage 1 that trains the maps alone knows what to train.
+    """
+
+    FEATURE_MAP: ClassVar[type[HedgehogFeatureMap]] = HedgehogFeatureMap
     PARTS = {"phi_q": "feature map", "phi_k": "feature map", "ssm": "ssm", "conv": "conv", "gate": "gate"}  # noqa: RUF012
 
     def __init__(self, spec: MixerSpec, layer_idx: int):
         super().__init__(spec, layer_idx)
         s = self.shape
-        self.phi_q = HedgehogFeatureMap(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
-        self.phi_k = HedgehogFeatureMap(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
+        self.phi_q = self.FEATURE_MAP(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
+        self.phi_k = self.FEATURE_MAP(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
         per_channel = (s.head_dim, self.phi_q.out_dim) if spec.decay == "channel" else None
         self.ssm = SelectiveDecay(s.hidden_size, s.num_heads, per_channel, spec.ssm_init) if spec.ssm else None
         self.conv = CausalConv(s.hidden_size) if spec.conv else None
@@ -364,6 +368,12 @@ class MambaMixer(BaseMixer):
 KINDS: dict[str, type[BaseMixer]] = {name: Mixer for name in MIXERS} | {"mamba": MambaMixer}
 
 
+def own_feature_map(name: str) -> bool:
+    """Whether stage 1 of a mixer's feature maps alone is another one than Hedgehog's."""
+    kind = KINDS[name]
+    return issubclass(kind, Mixer) and kind.FEATURE_MAP is not HedgehogFeatureMap
+
+
 def register_mixer(name: str, kind: type[BaseMixer], **parts: bool) -> None:
     """Make `mixer=name` build `kind`; ssm=, conv= and gate= say which parts are on by default (default: all off)."""
     KINDS[name] = kind
@@ -374,7 +384,10 @@ def build_mixer(spec: MixerSpec, layer_idx: int) -> BaseMixer:
     """The mixer of one layer. Raises UserError for a kind that nothing has registered."""
     if spec.kind not in KINDS:
         raise UserError(f"mixer={spec.kind} is not registered here; import the file that registers it first (known: {', '.join(KINDS)}).")
-    return KINDS[spec.kind](spec, layer_idx)
+    mixer = KINDS[spec.kind](spec, layer_idx)
+    if isinstance(mixer, Mixer) and not type(mixer.phi_q) is type(mixer.phi_k) is mixer.FEATURE_MAP:
+        raise TypeError(f"{type(mixer).__name__} has feature maps of its own: name their class in FEATURE_MAP, not in __init__")
+    return mixer
 
 
-import hm.bypass  # noqa: E402, F401
+from hm import bypass as bypass  # noqa: E402

@@ -140,18 +140,19 @@ class PlanLauncher(Launcher):
         from hm.cache import use_cache
         from hm.cell import Cell
         from hm.store import Store
-        from sweep import settings_of, store_folder
+        from sweep import config_folders, settings_of, store_folder
 
         composer = Composer(self.hydra_context.config_loader, self.config)
         store = Store(store_folder(self.config.runs))
         self.store_root = store.root
         if not self.config.plan:
             use_cache(store.root)
+        folders = config_folders(self.config.hydra)
         counts = Counter(o for overrides in job_overrides for o in overrides)
         for overrides in job_overrides:
             values = composer.plain(overrides)
             resources = values["resources"]
-            settings, device = self.placed(settings_of(values, list(overrides)), resources)
+            settings, device = self.placed(settings_of(values, list(overrides), folders), resources)
             cell = Cell(settings, store, device=device, inputs=inputs)
             varied = [o for o in overrides if counts[o] < len(job_overrides) and not o.startswith("row=")]
             yield f"{cell.s.study}/{cell.name}{f' ({chr(32).join(varied)})' if varied else ''}", cell, resources

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 import hm.cell
 import hm.checkpoint
 from hm.cell import Cell, check
-from hm.config import from_dict
+from hm.config import MIXERS, from_dict
 from hm.data import DataSpec, TokenDataset, validation_batches
 from hm.errors import UserError
 from hm.evaluate import perplexity
+from hm.feature_maps import HedgehogFeatureMap
+from hm.mixer import KINDS, Mixer
 from hm.record import curve
 from hm.store import Store
 from hm.teacher import fingerprint, load_teacher
@@ -221,6 +223,48 @@ def test_four_mixers_share_one_stage_1_and_all_start_where_hedgehog_starts(cell,
     ends = {record["metrics"]["ppl"]["value"] for record in records.values()}
     assert len(ends) == 4
     assert start not in ends
+
+
+@pytest.fixture
+def cubed(monkeypatch):
+    """mixer=cubed: another feature map, which Hedgehog's stage 1 knows nothing of."""
+
+    class Cubed(HedgehogFeatureMap):
+        def forward(self, x):
+            return super().forward(x) ** 3
+
+    class CubedMixer(Mixer):
+        FEATURE_MAP = Cubed
+
+    monkeypatch.setitem(KINDS, "cubed", CubedMixer)
+    monkeypatch.setitem(MIXERS, "cubed", {"ssm": True, "conv": True, "gate": False})
+    return CubedMixer
+
+
+def test_a_mixer_with_other_feature_maps_has_a_stage_1_of_its_own(cell, trained, cubed):
+    made, hedgehog = cell(**TWO_STAGE, mixer="cubed"), cell(**TWO_STAGE, mixer="hedgehog")
+    stage1 = made.fresh_student(made.teacher(), stage1=True).mixers[0]
+    assert (type(stage1), stage1.ssm, stage1.conv) == (cubed, None, None)
+    made.run()
+    hedgehog.run()
+    assert trained.names == ["stage 1", "stage 2"] * 2
+    learnt, hedgehogs = (load_file(c.store.path("stage1", c.stage1_key) / "feature_maps.safetensors") for c in (made, hedgehog))
+    assert learnt.keys() == hedgehogs.keys()
+    assert not any(torch.equal(learnt[name], hedgehogs[name]) for name in learnt)
+
+
+def test_feature_maps_that_a_mixer_makes_behind_stage_1s_back_are_refused(cell, cubed, monkeypatch):
+    own = cubed.FEATURE_MAP
+
+    class Hidden(Mixer):
+        def __init__(self, spec, layer_idx):
+            super().__init__(spec, layer_idx)
+            self.phi_q = own(self.shape.num_heads, self.shape.head_dim)
+
+    monkeypatch.setitem(KINDS, "cubed", Hidden)
+    made = cell(**TWO_STAGE, mixer="cubed")
+    with pytest.raises(TypeError, match="Hidden has feature maps of its own: name their class in FEATURE_MAP"):
+        made.fresh_student(made.teacher())
 
 
 def test_a_cell_with_the_same_settings_in_another_study_takes_over_its_results(cell, trained, tmp_path):

@@ -432,6 +432,25 @@ def test_a_typed_recipe_is_for_the_rows_that_name_none(here):
     assert (baseline.recipe, baseline.stage2.lr_new, baseline.stage1_tokens, baseline.stage2_tokens) == ("one_step", None, 0, 100_000)
 
 
+def test_a_recipe_of_ones_own_serves_on_the_command_line_and_in_a_row(sweep, small, tmp_path):
+    folder = tmp_path / "own"
+    for kind in ("study", "recipe"):
+        (folder / kind).mkdir(parents=True)
+    (folder / "study" / "mine.yaml").write_text(MINE.replace("{recipe: teacher}", "{recipe: gentle}"))
+    (folder / "recipe" / "gentle.yaml").write_text("# @package _global_\nrecipe: adapted_teacher\nstage2: {lr: 1e-5}\n")
+    small = [*small, "budget=32", "stage1_tokens=0"]
+    for arguments in (["-m", "+study=mine", "row=teacher"], ["recipe=gentle"]):
+        runs = tmp_path / f"runs{len(arguments)}"
+        found = sweep("--config-dir", str(folder), *arguments, *small, runs=runs)
+        assert found.status == 0, found.err
+        (record,) = records(runs).values()
+        assert (record["settings"]["recipe"], record["settings"]["stage2"]["lr"]) == ("adapted_teacher", 1e-5)
+    (folder / "recipe" / "gentle.yaml").write_text("recipe: adapted_teacher\n")
+    wrong = sweep("--config-dir", str(folder), "recipe=gentle", *small)
+    assert (wrong.status, len(wrong.lines)) == (2, 1)
+    assert "the file of recipe= lacks its first line, `# @package _global_`" in wrong.lines[0]
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest_also_in_a_row(sweep, small, tmp_path):
     found = sweep("recipe=alinged", *small)
     assert (found.status, len(found.lines)) == (2, 1)

@@ -363,6 +363,12 @@ def test_accuracies_have_the_harness_error_the_distance_to_the_teacher_and_their
     assert cells["paper_piqa_minus_teacher"].value == pytest.approx(68.72 - 70.72)
 
 
+def test_rows_of_a_study_of_ours_come_as_its_file_lists_them_and_others_after_them(runs):
+    for row in ("zebra", "hedgehog + linear path", "gate only", "apple", "hedgehog 10/90"):
+        runs.add("controls", row)
+    assert list(runs.rows("controls")) == ["hedgehog 10/90", "gate only", "hedgehog + linear path", "apple", "zebra"]
+
+
 def test_recall_needle_agreement_and_generated_text_have_columns_of_their_own(runs):
     def asked(accuracy, length):
         return {"pairs": 16, "length": length, "accuracy": accuracy, "stderr": 3.0}
