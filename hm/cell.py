@@ -394,7 +394,11 @@ class Cell:
 
     def export(self, record: dict) -> None:
         """Leave the finished model where export= says."""
-        if self.s.export and not exported(self.s.export, self.key):
+        if not self.s.export:
+            return
+        if exported(self.s.export, self.key):
+            say(f"{self.name}: its export is in {self.s.export} already")
+        else:
             say(f"{self.name}: exported to {export(self.finished(), self.inputs.tokenizer(self.s.teacher), record, self.s.export)}")
 
     def training_steps(self) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import uuid
@@ -21,12 +22,13 @@ tags: [hedgemamba, linear-attention, mamba]
 ---
 # {cell}
 
-A {kind}, made from the Transformer `{teacher}` by [hedgemamba](https://arxiv.org/abs/2604.14191) (cell `{key}`).
+A {kind}, made from the Transformer `{teacher}` by hedgemamba, a harness for
+[Attention to Mamba](https://arxiv.org/abs/2604.14191) (cell `{key}`).
 
-    import hm  # makes the architecture known to Transformers
+    import hm  # hedgemamba's package, which makes the architecture known to Transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("this folder")
-    tokenizer = AutoTokenizer.from_pretrained("this folder")
+    tokenizer = AutoTokenizer.from_pretrained("this folder")  # pads on the left, as generate() needs it
 
 Parameters: {total:,}, of which {new:,} are not the teacher's. Training: {stage1:,} tokens of stage 1 and {stage2:,} of
 stage 2. The recipe is also in `config.json`.
@@ -70,12 +72,14 @@ def exported(folder: str, key: str) -> bool:
     if card.is_file() and f"(cell `{key}`)" in card.read_text(errors="replace"):
         return True
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"export={folder} is not empty and not an export of this cell; name a new folder.")
+        why = "its README.md is of another" if card.is_file() else "it has no README.md that says so"
+        raise UserError(f"export={folder} is not empty and not an export of this cell ({why}); name a new folder.")
     return False
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], folder: str) -> Path:
     """Write the model (safetensors of at most SHARD each), the tokenizer and the card; the folder is whole or absent.
+    There the tokenizer pads on the left, with its end of text where it has no token for padding, as generation needs it.
 
     Raises:
         UserError: as `exported`, or the folder can't be written.
@@ -83,6 +87,10 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: d
     path = Path(folder).expanduser().absolute()
     if exported(folder, record["key"]):
         return path
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with disk_errors(path.parent):
         try:

@@ -86,7 +86,9 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: StudentConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(config.backbone_config(), attn_implementation="sdpa")
+            plan = config.backbone_config()
+            plan.dtype = torch.get_default_dtype()  # what from_pretrained(dtype=...) asks for; the config says what was saved
+            backbone = AutoModelForCausalLM.from_config(plan, attn_implementation="sdpa")
         else:
             for module in backbone.modules():
                 # or post_init draws anew what it doesn't know to be initialised

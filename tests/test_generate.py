@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hm.convert import convert
 from hm.errors import UserError
+from hm.modeling import load_student
 
 
 def passes(student, tokens, cuts):
@@ -36,6 +38,18 @@ def test_in_bfloat16_a_mixed_pass_is_no_further_from_float32_than_a_whole_one(ki
     noise = (whole.float() - exact).square().mean().sqrt()
     assert 0 < (mixed.float() - exact).square().mean().sqrt() < 1.5 * noise
     assert noise < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_student_is_loaded_in_the_dtype_that_is_asked_for_and_generates_in_it(kind, dtype, make_teacher, make_student, ids, tmp_path):
+    student, tokens = make_student(make_teacher(kind)), ids(2, 9)
+    student.save_pretrained(tmp_path)
+    exact, _ = passes(student, tokens, [])
+    for loaded in (load_student(str(tmp_path), dtype=dtype), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)):
+        assert {p.dtype for p in loaded.parameters()} == {dtype}
+        noise = (passes(loaded, tokens, [])[0].float() - exact).square().mean().sqrt()
+        assert 0 < noise < 0.1 * exact.std()
+        assert loaded.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, eos_token_id=None, pad_token_id=7).shape == (2, 12)
 
 
 def test_sampling_with_the_state_draws_what_sampling_over_the_whole_text_draws(teacher, make_student, ids):

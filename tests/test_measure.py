@@ -84,11 +84,12 @@ def test_one_cell_measures_everything_and_can_be_exported_and_loaded(cell, items
     code = (
         f"import hm, sys\nassert 'torch' not in sys.modules\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model, tokenizer = (c.from_pretrained({str(folder)!r}) for c in (AutoModelForCausalLM, AutoTokenizer))\n"
-        f"text = tokenizer(['The city', 'A'], padding=False)\n"
-        f"print(type(model).__name__, model.generate(**tokenizer('The city', return_tensors='pt'), max_new_tokens=3).shape)"
+        f"def new(text): return model.generate(**tokenizer(text, padding=True, return_tensors='pt'), min_new_tokens=3, max_new_tokens=3, do_sample=False)[:, -3:]\n"
+        f"both = new(['The city by the sea is', 'A'])\n"
+        f"print(type(model).__name__, (both[0] == new(['The city by the sea is'])[0]).all().item(), (both[1] == new(['A'])[0]).all().item())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "StudentForCausalLM" in done.stdout, done.stderr[-2000:]
+    assert done.stdout.split() == ["StudentForCausalLM", "True", "True"], done.stdout + done.stderr[-2000:]
 
     assert cell(EVERYTHING | items | {"export": str(folder)}).run() == record
     with pytest.raises(UserError, match=r"export=.* is not empty and not an export of this cell"):
