@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from analysis.rows import number
@@ -25,7 +26,7 @@ _COLUMNS = {
     "peak_memory_bytes": ("memory GB", "gb", "down", 1e-9),
 }
 _NAMES = {"training": ("shape", "what", "mixer", "scan", "seq_len", "batch", "compile", "checkpointing"),
-          "inference": ("shape", "model", "context", "batch"),
+          "inference": ("shape", "model", "context", "batch", "compiled"),
           "operator": ("scan", "heads", "head_dim", "d_state", "seq_len", "batch")}
 _TITLES = {"training": "Training speed", "inference": "Prefill and decoding", "operator": "The operator, one layer"}
 
@@ -40,6 +41,7 @@ class Bench:
     command: str
     rows: list[dict[str, Any]]
     commit: str = ""
+    compiled: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ def load_bench(folder: str | Path) -> tuple[list[Bench], list[tuple[str, str]]]:
             if not isinstance(data.get("rows"), list) or not all(isinstance(row, dict) for row in data["rows"]):
                 raise ValueError("has no rows, or not as a list of objects")
             found.append(Bench(name, data["kind"], str(data.get("device", "?")), str(data.get("command", "")), data["rows"],
-                               str(data.get("git_commit") or ""), dict(data.get("versions") or {})))
+                               str(data.get("git_commit") or ""), data.get("compile") is True, dict(data.get("versions") or {})))
         except (ValueError, OSError, RecursionError) as error:
             problems.append((name, str(error)))
     return found, problems
@@ -74,15 +76,13 @@ def speed_tables(benches: list[Bench]) -> list[Table]:
 
 
 def _table(kind: str, device: str, group: list[Bench]) -> Table:
+    named = [(_label(row | {"compiled": bench.compiled}, kind), row, bench) for bench in group for row in bench.rows]
+    alike = Counter(label for label, *_ in named)
     rows = []
-    for bench in group:
-        for row in bench.rows:
-            cells = {key: Cell(value * factor) for key, (*_, factor) in _COLUMNS.items()
-                     if (value := number(row, key)) is not None}
-            label = ", ".join(filter(None, (_part(row, name) for name in _NAMES[kind])))
-            if (status := row.get("status", "ok")) != "ok":
-                label += f": {status}"
-            rows.append(Row(label or "?", cells, [bench.command] if bench.command else [], [f"bench/{bench.path}"], ranked=False))
+    for label, row, bench in named:
+        cells = {key: Cell(value * factor) for key, (*_, factor) in _COLUMNS.items() if (value := number(row, key)) is not None}
+        shown = f"{label} ({PurePosixPath(bench.path).stem})" if alike[label] > 1 else label
+        rows.append(Row(shown, cells, [bench.command] if bench.command else [], [f"bench/{bench.path}"], ranked=False))
     filled = {key for row in rows for key in row.cells}
     columns = [Column(key, label, unit, better, block="speed")
                for key, (label, unit, better, _) in _COLUMNS.items() if key in filled]
@@ -90,6 +90,14 @@ def _table(kind: str, device: str, group: list[Bench]) -> Table:
     commits = sorted({bench.commit[:12] for bench in group if bench.commit})
     notes += [f"Commit {', '.join(commits)}."] if commits else []
     return Table(f"speed ({kind}, {device})", f"{_TITLES[kind]} on {device}.", [Column("row", "what"), *columns], rows, notes)
+
+
+def _label(row: dict[str, Any], kind: str) -> str:
+    label = ", ".join(filter(None, (_part(row, name) for name in _NAMES[kind]))) or "?"
+    if (gpus := number(row, "gpus")) and gpus > 1:
+        label += f", {gpus:g} GPUs ({row.get('parallel', '?')})"
+    status = row.get("status", "ok")
+    return label if status == "ok" else f"{label}: {status}"
 
 
 def _part(row: dict[str, Any], name: str) -> str:

@@ -14,6 +14,8 @@ from analysis.places import Cells, Place
 from analysis.rows import Record, human
 from analysis.stats import LEVEL, Difference, accuracy_difference, difference, holm
 
+SCALES = ("pythia160m", "pythia410m", "pythia1b")
+"""The paper's teachers."""
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 
 CLOSE = math.log(1.037)
@@ -324,9 +326,13 @@ def sizes(places: Sequence[Place], root: str) -> Iterator[Finding]:
     elif len(verdicts) >= 3 and set(verdicts) == {REPRODUCED}:
         yield Finding(where, REPRODUCED, f"HedgeMamba is ahead at each of {len(verdicts)} teachers", evidence, [], "", paths)
     else:
-        open_ = next((f.decide for f in largest.values() if f.verdict == UNDECIDED and f.decide), "")
+        runs = [f.decide for f in largest.values() if f.verdict == UNDECIDED and f.decide]
+        if lacking := 3 - len(verdicts):
+            run = {str(place.yard[0].get("settings.scale")) for place in last.values()}
+            others = [scale for scale in SCALES if scale not in run][: max(0, lacking)]
+            runs += [f"python sweep.py -m +study=main scale={','.join(others)} seed=0,1,2"] if others else []
         why = f"{len(verdicts)} of three teachers were run" if len(verdicts) < 3 else "C2 is undecided at one of them"
-        yield Finding(where, UNDECIDED, why, evidence, [], open_ or "python sweep.py -m +study=main scale=pythia160m seed=0,1,2", paths)
+        yield Finding(where, UNDECIDED, why, evidence, [], " && ".join(runs), paths)
 
 
 def downstream(places: Sequence[Place], root: str) -> Iterator[Finding]:

@@ -93,6 +93,11 @@ def draw(plot: Plot) -> Figure:
         for series in plot.series:
             if series.kind != "bar":
                 _line(axes, series, names, _literal(labels.get(id(series), "")))
+        at_x = {x for series in plot.series for x in series.x}
+        if plot.log_x and len(at_x) == 1:  # Matplotlib has no logarithmic axis for a single value
+            axes.set_xlim(min(at_x) / 2, 2 * max(at_x))
+        if {y for series in plot.series for y in series.y} == {0}:
+            axes.set_ylim(0, 1)
         if names:
             tilted = len(names) > 4
             axes.set_xticks(range(len(names)), [_literal(n) for n in names], rotation=30 if tilted else 0, ha="right" if tilted else "center")

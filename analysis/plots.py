@@ -18,7 +18,7 @@ from analysis.abilities import mean, needle, recall
 from analysis.bench import Bench
 from analysis.places import Cells, Place, places
 from analysis.recipes import at_budgets
-from analysis.rows import MIXERS, TEACHERS, Record, borrowed, human, mixer_of, number, recipe_of
+from analysis.rows import MIXERS, TEACHERS, Record, borrowed, human, mixer_of, number, paths_of, recipe_of
 from analysis.stats import LEVEL, StudentT
 from analysis.table import number_text
 
@@ -30,7 +30,8 @@ STYLES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 class Series:
     """`colour` is a mixer's, recipe's or "paper"; `kind`: line, points, bar, or band (between `y` and `top`).
 
-    `error` are half lengths (or None), `hover` a text for each point, `paths` the records behind each point.
+    `error` are half lengths (or None), `hover` a text for each point, `paths` the records behind each point (where `error` is
+    over seeds, one for each seed).
     """
 
     label: str
@@ -99,7 +100,7 @@ def _colour(cells: Cells) -> str:
 
 
 def _paths(cells: Cells) -> list[str]:
-    return [r["path"] for r in cells.records]
+    return paths_of(cells.records)
 
 
 def _gap(cells: Cells, teacher: float) -> tuple[float, float | None, str] | None:
@@ -121,7 +122,7 @@ def _gaps(label: str, colour: str, points: Sequence[tuple[Any, Cells]], teacher:
             series.y.append(found[0])
             series.error.append(found[1])  # type: ignore[union-attr]
             series.hover.append(found[2])
-            series.paths.append(_paths(cells))
+            series.paths.append([r["path"] for r in cells.records])
     return series
 
 

@@ -11,7 +11,19 @@ import statistics
 from dataclasses import dataclass
 
 from analysis.cells import perplexity
-from analysis.rows import TEACHERS, Record, agreeing, apart, human, in_order, number, recipe_of, text
+from analysis.rows import (
+    TEACHERS,
+    Record,
+    agreeing,
+    apart,
+    commands_of,
+    human,
+    in_order,
+    number,
+    paths_of,
+    recipe_of,
+    text,
+)
 from analysis.table import BOLD, SINGLE, Cell, Column, Row, Table, mark_best
 
 FIRST = ("teacher", "adapted_teacher", "paper")
@@ -106,9 +118,9 @@ def table(name: str, caption: str, records: list[Record], notes: list[str]) -> T
             cells = {"ppl": perplexity(recipe.records), "log_gap": recipe.gap, "left_pct": _over_seeds(recipe.left),
                      "seeds": Cell(len(_ppls(recipe.records)))}
             row.cells |= {f"{key}_{at}": cell for key, cell in cells.items() if cell is not None}
-            commands = [str(r["provenance.command"]) for r in recipe.records if r.get("provenance.command")]
+            commands = [c for r in recipe.records for c in commands_of(r)]
             row.commands = list(dict.fromkeys([*row.commands, *commands]))
-            row.paths = list(dict.fromkeys([*row.paths, *(r["path"] for r in recipe.records)]))
+            row.paths = list(dict.fromkeys([*row.paths, *paths_of(recipe.records)]))
         without = [label for label, recipe in recipes.items() if _ppls(recipe.records) and not recipe.gaps]
         if without:
             notes.append(f"No gap at {at} for {', '.join(without)}: no adapted teacher of this budget has a seed in common.")

@@ -290,9 +290,29 @@ def agreeing(name: str, records: list[Record], notes: list[str]) -> list[Record]
 
 
 def _together(records: list[Record]) -> Record:
-    """The last record, with the metrics that only earlier ones have."""
-    earlier = {k: v for r in records for k, v in r.items() if k.startswith("metrics.")}
-    return {**earlier, **records[-1]}
+    """The last record, with the metrics that only earlier ones have (of lists the longest: more lengths, more pairs) and the
+    commands and paths of all."""
+    last = dict(records[-1])
+    for r in reversed(records[:-1]):
+        for name, value in r.items():
+            if name.startswith("metrics.") and (name not in last or _longer(value, last[name])):
+                last[name] = value
+    return last | {"commands": list(dict.fromkeys(c for r in records for c in commands_of(r))), "paths": [r["path"] for r in records]}
+
+
+def _longer(value: Any, than: Any) -> bool:
+    return isinstance(value, list) and isinstance(than, list) and len(value) > len(than)
+
+
+def commands_of(record: Record) -> list[str]:
+    """The commands behind a record, or behind the evaluations that `agreeing` took together."""
+    own = record.get("provenance.command")
+    return record["commands"] if "commands" in record else [str(own)] if own else []
+
+
+def paths_of(records: list[Record]) -> list[str]:
+    """The files of records, also of those that `agreeing` took together."""
+    return [path for r in records for path in r.get("paths", [r["path"]])]
 
 
 # --- text --------------------------------------------------------------------------------------------------

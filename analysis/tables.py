@@ -20,9 +20,11 @@ from analysis.rows import (
     apart,
     borrowed,
     cell_names,
+    commands_of,
     groups,
     in_order,
     natural,
+    paths_of,
     recipe_of,
     records_of,
     row_name,
@@ -125,8 +127,8 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
         whose = label if label in published else label.partition(" (")[0]
         hybrid = "(hybrid" in label
         cells = cells_of(records, usable, notes) | ({} if hybrid else paper_cells(published.get(whose, {})))
-        commands = [str(r["provenance.command"]) for r in records if r.get("provenance.command")]
-        made.append(Row(label, cells, list(dict.fromkeys(commands)), [r["path"] for r in records],
+        commands = [c for r in records for c in commands_of(r)]
+        made.append(Row(label, cells, list(dict.fromkeys(commands)), paths_of(records),
                         all(recipe_of(r) not in TEACHERS for r in records)))
     if study != "scale":
         for row in made:
@@ -230,7 +232,7 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
                      f"{paper.TEACHER}, quoted from public reading notes, not results of this project. "
                      "Perplexities of different teachers don't compare; relative gaps do.")
     if any(not values_of(references("teacher", r, usable, []), "ppl") for r in usable):
-        notes.append("A gap is missing where no teacher was measured on the same data, length and sequences.")
+        notes.append("A gap is missing where no teacher was measured on the same data, length and sequences: the same command with recipe=teacher does.")
     return notes
 
 

@@ -385,7 +385,8 @@ class Cell:
             return record
         if self.s.force:
             parallel.on_main(self.forget)
-        say(f"{self.s.study}/{self.name}: {self.summary()}")
+        there = ", ".join(kind for kind, key in self.step_keys().items() if self.store.has(kind, key))
+        say(f"{self.s.study}/{self.name}: {self.summary()}{f'; there already: {there}' if there else ''}")
         ask_hub(self.s.eval)
         started = provenance()["started"]
         for kind in self.step_keys():

@@ -149,7 +149,7 @@ class Settings:
     study: str = setting("default", "name of the study that the records are filed under; -m +study=NAME sets it", "mixer")
     row: str | None = setting(None, "row of the study's table that this cell fills", "hedgemamba")
     teacher: str = setting("tiny", "tiny, smollm2, a hub id, a folder, or a .gguf file", "EleutherAI/pythia-1b")
-    recipe: str = setting("two_stage", "how the cell is trained", "one_step", RECIPES)
+    recipe: str = setting("two_stage", "what is trained; typed, it names a file of sweeps/recipe, which sets this and more", "one_step", RECIPES)
     mixer: str = setting("hedgemamba", "what replaces attention", "hedgehog", MIXERS)
     ssm: bool | None = setting(None, "switch the SSM of the mixer on or off; null: as the mixer says", "false")
     conv: bool | None = setting(None, "switch the convolution on or off; null: as the mixer says", "false")

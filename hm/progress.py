@@ -14,9 +14,12 @@ silent = False
 
 
 def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
-    """A bar on standard error if that is a terminal. Workers side by side each have a line of their own (HM_BAR)."""
+    """A bar on standard error if that is a terminal, else a line that says what begins. Workers side by side each have a
+    line of their own (HM_BAR)."""
     from tqdm import tqdm
 
+    if options.get("desc") and not sys.stderr.isatty():
+        say(f"{options['desc']} ...")
     line = int(os.environ.get("HM_BAR", "0"))
     return tqdm(iterable, position=line, leave=False, dynamic_ncols=True, mininterval=1.0, disable=silent or None, **options)
 

@@ -128,6 +128,8 @@ def fingerprint(e: Evaluate) -> dict[str, Any]:
 
 def task_file(folder: str, name: str) -> Path:
     """<folder>/<task>.jsonl, perhaps compressed."""
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"eval.data={folder} is no folder; name one that holds {name}.jsonl, or hub.")
     for suffix in SUFFIXES:
         path = Path(folder).expanduser() / f"{name}.jsonl{suffix}"
         if path.is_file():

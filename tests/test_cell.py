@@ -334,11 +334,13 @@ def test_keys_depend_on_the_contents_of_text_and_teacher(cell, files):
     assert other.student_key != cell().student_key
 
 
-def test_more_validation_sequences_are_evaluated_without_training_again(cell, trained):
+def test_more_validation_sequences_are_evaluated_without_training_again(cell, trained, capsys):
     first = cell().run()
     trained.names.clear()
+    assert "there already" not in capsys.readouterr().err
     second = cell(eval__sequences=3).run()
     assert trained.names == []
+    assert "there already: tokens, stage1, student\n" in capsys.readouterr().err
     assert second["key"] != first["key"]
     assert second["metrics"]["ppl"] != first["metrics"]["ppl"]
 

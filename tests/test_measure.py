@@ -126,7 +126,7 @@ def test_without_lm_eval_a_cell_gives_its_perplexity_and_says_what_is_missing(ce
         ({"eval.tasks": ["arc_eazy"]}, "eval.tasks=arc_eazy is not known; did you mean eval.tasks=arc_easy"),
         ({"eval.lengths": [0]}, "eval.lengths="),
         ({"eval.limit": 1}, "eval.limit=1 must be at least 2"),
-        ({"eval.tasks": "all", "eval.data": "/nowhere"}, "eval.data=/nowhere has no arc_challenge.jsonl"),
+        ({"eval.tasks": "all", "eval.data": "/nowhere"}, "eval.data=/nowhere is no folder; name one that holds arc_challenge.jsonl"),
         ({"eval.lengths": [1024], "validation_fraction": 0.02}, "eval.lengths=1024 is longer than the validation text"),
         ({"recipe": "teacher", "export": "x"}, "export=x does not go with recipe=teacher"),
     ],

@@ -266,7 +266,7 @@ function layout(plot) {
   const axis = (label, log) => ({ title: { text: plain(label), standoff: 8 }, type: log ? "log" : undefined, dtick: log ? "D2" : undefined, gridcolor: grid, linecolor: grid, zerolinecolor: grid,
     automargin: true, exponentformat: "B" });
   const bars = plot.series.some((series) => series.kind === "bar");
-  const single = plot.series.filter((s) => s.kind === "bar").every((s) => s.x.length === 1);
+  const single = plot.series.filter((s) => s.kind === "bar").every((s) => s.x.length === 1 && s.x[0] === s.label);
   return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12, family: "system-ui, DejaVu Sans, sans-serif" },
     margin: { l: 56, r: 14, t: 10, b: 48 }, xaxis: { ...axis(plot.x_label, plot.log_x), type: bars ? "category" : plot.log_x ? "log" : "linear", tickangle: bars ? -30 : undefined }, yaxis: axis(plot.y_label, plot.log_y),
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } }, barmode: single ? "overlay" : "group", hovermode: "closest", modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: ink },

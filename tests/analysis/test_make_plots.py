@@ -144,6 +144,16 @@ def test_the_same_records_give_the_same_bytes_in_all_formats_with_fonts_embedded
     assert b"<text" not in svg
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_single_point_is_drawn(runs, tmp_path):
+    runs.add("lab", metrics={"ppl_by_position": {"positions": [256], "ppl": [91.8], "stderr": [2.0]},
+                             "recall": [{"pairs": 4, "length": 64, "accuracy": 0.0}], "needle": [{"length": 64, "depth": 0.5, "accuracy": 0.0}]})
+    plots = {p.name: p for p in all_plots(records_of(load_records(runs.root)))[0]}
+    assert draw(plots["position"]).axes[0].get_xlim() == (128, 512)
+    assert draw(plots["needle"]).axes[0].get_ylim() == (0, 1)
+    draw(plots["recall"])
+
+
 def test_names_with_mathematics_are_drawn_as_they_are(runs, nasty):
     runs.teacher("lab", teacher=nasty, scale=nasty)
     runs.add("lab", one=10, teacher=nasty, scale=nasty)

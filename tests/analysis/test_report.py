@@ -125,6 +125,14 @@ def test_every_number_of_ours_opens_its_records_with_file_and_command(browser, p
     assert browser.js("location.hash") == ""
 
 
+def test_bars_of_several_models_stand_side_by_side_also_of_one_task(browser, page):
+    browser.open(page)
+    bar = '{kind: "bar", label: "%s", x: ["%s"], y: [1]}'
+    for first, second, mode in (("ARC-E", "ARC-E", "group"), ("a", "b", "overlay")):  # one task of two models; two mixers, each named below its bar
+        plot = f'{{x_label: "", y_label: "", series: [{bar % ("a", first)}, {bar % ("b", second)}]}}'
+        assert browser.js(f"layout({plot}).barmode") == mode
+
+
 def test_a_verdict_shows_its_rule_evidence_and_the_run_that_would_decide_it(browser, page):
     browser.open(page)
     browser.js("document.querySelector('#C7 details').open = true")

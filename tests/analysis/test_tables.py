@@ -260,13 +260,20 @@ def test_same_settings_that_gave_other_students_are_a_conflict_and_none_is_taken
     assert all(word in note for word in ("hedgemamba, seed 0", "aaa", "bbb", "other data, weights or code"))
 
 
-def test_two_evaluations_of_one_student_are_one_record_with_the_metrics_of_both(runs):
-    trained = {"provenance": {"artifacts": {"student": "w"}, "started": "2026-01-01"}}
-    runs.add("main", "hedgemamba", 30.0, record=trained, metrics={"piqa": {"value": 60.0, "stderr": 1.0}})
-    runs.add("main", "hedgemamba", 30.0, metrics={"boolq": {"value": 50.0, "stderr": 2.0}},
-             record={"provenance": {**trained["provenance"], "started": "2026-01-02"}})
-    cells = runs.rows("main")["hedgemamba"]
+def test_two_evaluations_of_one_student_are_one_record_with_the_metrics_commands_and_files_of_both(runs):
+    def pairs(*counts):
+        return {"recall": [{"pairs": n, "length": 256, "accuracy": 10.0} for n in counts]}
+
+    def origin(day, command):
+        return {"provenance": {"artifacts": {"student": "w"}, "started": f"2026-01-0{day}", "command": command}}
+
+    runs.add("main", "hedgemamba", 30.0, record=origin(1, "first"), metrics={"piqa": {"value": 60.0, "stderr": 1.0}, **pairs(4, 16)})
+    runs.add("main", "hedgemamba", 30.0, record=origin(2, "second"), metrics={"boolq": {"value": 50.0, "stderr": 2.0}, **pairs(4)})
+    [row] = [r for r in runs.table("main").rows if r.label == "hedgemamba"]
+    cells = row.cells
     assert (cells["seeds"].value, cells["piqa"].value, cells["boolq"].value) == (1, 60.0, 50.0)
+    assert "recall_16" in cells, "the measurement of fewer pairs does not hide that of more"
+    assert (row.commands, len(set(row.paths))) == (["first", "second"], 2)
     assert not runs.notes("main", "Conflict")
 
 
