@@ -1,4 +1,5 @@
-"""What a record says of a model beyond perplexity and tasks: recall, a needle, generated text, agreement with the teacher."""
+"""What a record says of a model beyond its perplexity and tasks: other lengths, recall, a needle, generated text, agreement
+with the teacher, and what a part is worth."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from analysis.rows import Record, number
 SINGLE = {"agreement_top1": "agreement.top1", "agreement_kl": "agreement.kl", "repetition": "generation.greedy.repetition",
           "teacher_nll": "generation.sampled.teacher_nll"}
 """Names of numbers -> where they stand among a record's metrics."""
+PARTS = ("ssm", "conv", "gate")
 Point = tuple[float, float | None]
 """A value and its standard error."""
 
 
 def abilities(records: list[Record]) -> dict[str, Point]:
-    """Means over the records (seeds of one row): those of SINGLE, "recall_<pairs>" at the longest length that was asked, and "needle" there.
+    """Means over the records (seeds of one row): those of SINGLE, "ppl_at_<length>", "without_<part>" (the change of
+    perplexity), "recall_<pairs>" at the longest length that was asked, and "needle" there.
 
     All seeds answer the same questions, so the error is that of the questions: the root mean square over the seeds.
     """
@@ -25,7 +28,8 @@ def abilities(records: list[Record]) -> dict[str, Point]:
         for name, where in SINGLE.items():
             if (value := number(r, f"metrics.{where}.value")) is not None:
                 found.setdefault(name, []).append((value, number(r, f"metrics.{where}.stderr")))
-        longest: dict[str, Point] = {}
+        longest = {f"without_{part}": (change, None) for part in PARTS if (change := number(r, f"metrics.diagnostics.without.{part}")) is not None}
+        longest |= {f"ppl_at_{length}": point for length, point in at_lengths(r).items()}
         for (_, pairs), point in sorted(recall(r).items()):
             longest[f"recall_{pairs}"] = point
         for _, point in sorted(needle(r).items()):
@@ -33,6 +37,15 @@ def abilities(records: list[Record]) -> dict[str, Point]:
         for name, point in longest.items():
             found.setdefault(name, []).append(point)
     return {name: mean(points) for name, points in found.items()}
+
+
+def at_lengths(record: Record) -> dict[int, Point]:
+    """{length: perplexity} of eval.lengths."""
+    lengths, ppl, stderr = (record.get(f"metrics.ppl_at_length.{name}") for name in ("lengths", "ppl", "stderr"))
+    if not (isinstance(lengths, list) and isinstance(ppl, list) and isinstance(stderr, list) and len(lengths) == len(ppl) == len(stderr)):
+        return {}
+    rows: list[Record] = [{"length": n, "ppl": p, "stderr": e} for n, p, e in zip(lengths, ppl, stderr, strict=True)]
+    return {int(r["length"]): (r["ppl"], number(r, "stderr")) for r in rows if number(r, "length") is not None and number(r, "ppl") is not None}
 
 
 def recall(record: Record) -> dict[tuple[int, int], Point]:

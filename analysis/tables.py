@@ -39,6 +39,8 @@ TITLES = {"main": "Main comparison", "mixer": "Parts of the mixer", "split": "To
           "budget": "Total budget", "one_step": "One step instead of two", "scale": "Sizes of the teacher",
           "controls": "Controls", "recipes": "Recipes", "demo": "The demo"}
 ABILITIES = "recall, agreement with the teacher, generated text"
+WORTH = "change of perplexity without a part"
+LENGTHS = "perplexity at other lengths"
 PAIRS = (4, 16, 64)
 DEMO_ORDER = ("teacher", "<", "hedgemamba 10/90", "<=", "hedgehog 10/90", "<", "0/100", "<", "one_step")
 
@@ -74,6 +76,7 @@ COLUMNS = [
     Column("agreement_kl", "KL,\nnats", "nats", "down", ABILITIES),
     Column("repetition", "repetition\n%", "acc", "", ABILITIES),
     Column("teacher_nll", "teacher's\nnats", "nats", "down", ABILITIES),
+    *[Column(f"without_{part}", f"without\n{name}", "points", "", WORTH) for part, name in (("ssm", "SSM"), ("conv", "conv"), ("gate", "gate"))],
     *_task_columns("", "paper\n", "acc", "the paper's accuracy, %", "up"),
     *_task_columns("_minus_teacher", "paper\n", "points", "the paper's accuracy minus its teacher's", "up"),
 ]
@@ -157,7 +160,9 @@ def _columns(study: str, rows: list[Row]) -> list[Column]:
         beside = c.key.endswith("_minus_teacher") or (study == "demo" and "accuracy" in c.block)
         if c.key.startswith("paper_") and beside and c.key.removeprefix("paper_") not in filled:
             filled.discard(c.key)
-    return [Column("row", "row"), *[c for c in COLUMNS if c.key in filled]]
+    lengths = sorted(int(key.removeprefix("ppl_at_")) for key in filled if key.startswith("ppl_at_"))
+    beyond = [Column(f"ppl_at_{n}", f"ppl at\n{n}", "ppl", "down", LENGTHS) for n in lengths]
+    return [Column("row", "row"), *[c for c in COLUMNS if c.key in filled], *beyond]
 
 
 def _caption(study: str, records: list[Record]) -> str:
@@ -221,6 +226,8 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
         notes.append("Agreement: share of positions of held-out text whose most likely token is the teacher's, and KL(teacher || model) per token.")
     if keys & {"repetition", "teacher_nll"}:
         notes.append("repetition: share of 4-grams of greedy continuations that were there before; teacher's nats: its loss on sampled ones, per token.")
+    if any(key.startswith("without_") for key in keys):
+        notes.append("without: how much the perplexity changes when the part is put back to the identity in all layers.")
     if any(cell.mark for _, cell in cells):
         notes.append(BOLD)
     if keys & {"gpu_hours", "cpu_hours"}:

@@ -12,7 +12,7 @@ from analysis.rows import records_of
 
 ODD = ["x", "", [1, "a", None], {"a": 1}, None, True, -1, 0, 1e308, 0.5, "=1+1", "<b>", "$x$\\end{table}"]
 PLACES = ["settings.budget", "settings.seed", "settings.stage1_tokens", "settings.teacher", "settings.eval", "settings.recipe", "settings.mixer",
-          "settings.keep_attention", "metrics.ppl_by_position", "metrics.diagnostics", "metrics.recall", "metrics.needle", "metrics.agreement", "metrics.agreement.top1.value", "params.by_part", "timing.stage1_seconds", "timing.student_tokens_per_second",
+          "settings.keep_attention", "metrics.ppl_by_position", "metrics.diagnostics", "metrics.recall", "metrics.ppl_at_length", "metrics.ppl_at_length.ppl", "metrics.diagnostics.without", "metrics.needle", "metrics.agreement", "metrics.agreement.top1.value", "params.by_part", "timing.stage1_seconds", "timing.student_tokens_per_second",
           "peak_memory.student", "provenance.command", "provenance.device", "provenance.device_type", "provenance.processes", "provenance.processes.student", "provenance.artifacts", "provenance.started", "row", "curves", "curves.stage1", "curves.student.tokens", "curves.stage1.loss"]
 
 
