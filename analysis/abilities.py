@@ -28,7 +28,10 @@ def abilities(records: list[Record]) -> dict[str, Point]:
         for name, where in SINGLE.items():
             if (value := number(r, f"metrics.{where}.value")) is not None:
                 found.setdefault(name, []).append((value, number(r, f"metrics.{where}.stderr")))
-        longest = {f"without_{part}": (change, None) for part in PARTS if (change := number(r, f"metrics.diagnostics.without.{part}")) is not None}
+        longest: dict[str, Point] = {}
+        for part in PARTS:
+            if (change := number(r, f"metrics.diagnostics.without.{part}")) is not None:
+                longest[f"without_{part}"] = change, None
         longest |= {f"ppl_at_{length}": point for length, point in at_lengths(r).items()}
         for (_, pairs), point in sorted(recall(r).items()):
             longest[f"recall_{pairs}"] = point
