@@ -28,16 +28,16 @@ def abilities(records: list[Record]) -> dict[str, Point]:
         for name, where in SINGLE.items():
             if (value := number(r, f"metrics.{where}.value")) is not None:
                 found.setdefault(name, []).append((value, number(r, f"metrics.{where}.stderr")))
-        longest: dict[str, Point] = {}
+        own: dict[str, Point] = {}
         for part in PARTS:
             if (change := number(r, f"metrics.diagnostics.without.{part}")) is not None:
-                longest[f"without_{part}"] = change, None
-        longest |= {f"ppl_at_{length}": point for length, point in at_lengths(r).items()}
+                own[f"without_{part}"] = change, None
+        own |= {f"ppl_at_{length}": point for length, point in at_lengths(r).items()}
         for (_, pairs), point in sorted(recall(r).items()):
-            longest[f"recall_{pairs}"] = point
+            own[f"recall_{pairs}"] = point
         for _, point in sorted(needle(r).items()):
-            longest["needle"] = point
-        for name, point in longest.items():
+            own["needle"] = point
+        for name, point in own.items():
             found.setdefault(name, []).append(point)
     return {name: mean(points) for name, points in found.items()}
 
