@@ -301,9 +301,16 @@ function plots() {
 
 // --- all records, the sweep's state, and what could not be read ----------------------------------------------
 
+/** What was measured beyond perplexity, by which evaluations of one cell are told apart. */
+function beyond(record) {
+  const names = Object.keys(record).filter((key) => key.startsWith("metrics.")).map((key) => key.split(".")[1]);
+  return [...new Set(names)].filter((name) => !["ppl", "ppl_start", "bits_per_byte"].includes(name)).sort().join(", ") || undefined;
+}
+
 function recordTable() {
+  for (const record of records) record.beyond = beyond(record);
   const columns = [["study", "study"], ["cell", "cell"], ["teacher", "settings.teacher"], ["seed", "settings.seed"], ["budget", "settings.budget"],
-    ["ppl", "metrics.ppl.value"], ["± error", "metrics.ppl.stderr"], ["params", "params.total"], ["tokens/s", "timing.student_tokens_per_second"], ["commit", "provenance.git_commit"]];
+    ["ppl", "metrics.ppl.value"], ["± error", "metrics.ppl.stderr"], ["params", "params.total"], ["tokens/s", "timing.student_tokens_per_second"], ["also measured", "beyond"], ["commit", "provenance.git_commit"]];
   const body = el("tbody");
   const more = el("button", { type: "button", onclick: () => { limit *= 4; fill(); } });
   let rows = records.map((record, id) => ({ record, id })), limit = 100;

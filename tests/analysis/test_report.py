@@ -56,6 +56,13 @@ def test_it_opens_from_disk_without_a_complaint_or_a_request_and_has_all_its_par
     assert [url for url in browser.requests() if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
 
 
+def test_the_list_of_records_says_what_else_each_measured(browser, page):
+    browser.open(page)
+    heads = browser.texts("#record-list thead th")
+    cells = browser.texts("#record-list tbody tr:first-child > *")
+    assert {"needle", "recall", "winogrande"} < set(cells[heads.index("also measured")].split(", "))
+
+
 def test_a_click_on_a_header_sorts_by_number_and_a_second_one_turns_it_round(browser, page):
     browser.open(page)
     split = table_index(browser, "split (smollm2)")
