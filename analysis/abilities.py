@@ -5,14 +5,30 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from analysis.rows import Record, number
+from analysis.table import Column, Row, number_text
 
 SINGLE = {"agreement_top1": "agreement.top1", "agreement_kl": "agreement.kl", "repetition": "generation.greedy.repetition",
           "teacher_nll": "generation.sampled.teacher_nll"}
 """Names of numbers -> where they stand among a record's metrics."""
 PARTS = ("ssm", "conv", "gate")
+PAIRS = (4, 16, 64)
+_ASKED, _WORTH, _LENGTHS = "recall, agreement with the teacher, generated text", "change of perplexity without a part", "perplexity at other lengths"
+COLUMNS = [
+    *[Column(f"recall_{pairs}", f"recall,\n{pairs} pairs", "acc", "up", _ASKED) for pairs in PAIRS],
+    Column("needle", "needle", "acc", "up", _ASKED),
+    Column("agreement_top1", "top-1\nagreement", "acc", "up", _ASKED),
+    Column("agreement_kl", "KL,\nnats", "nats", "down", _ASKED),
+    Column("repetition", "repetition\n%", "acc", "", _ASKED),
+    Column("teacher_nll", "teacher's\nnats", "nats", "down", _ASKED),
+    *[Column(f"without_{part}", f"without\n{name}", "points", "", _WORTH) for part, name in zip(PARTS, ("SSM", "conv", "gate"), strict=True)],
+]
+"""Of tables, beside those of `length_columns`."""
+_NAMES = tuple({"ppl_at_", *(column.key for column in COLUMNS)})
+"""What the keys of these columns begin with."""
 Point = tuple[float, float | None]
 """A value and its standard error."""
 
@@ -75,3 +91,34 @@ def _measured(record: Record, name: str, *keys: str) -> list[dict[str, Any]]:
     wanted = ("accuracy", *keys)
     return [x for x in (entries if isinstance(entries, list) else []) if isinstance(x, dict) and all(number(x, k) is not None for k in wanted)
             and (x.get("stderr") is None or number(x, "stderr") is not None)]
+
+
+def compared(rows: Sequence[Row]) -> None:
+    """Leave out what only teachers were asked where there are students to compare with."""
+    asked = {key for row in rows if row.ranked for key in row.cells}
+    for row in rows if any(row.ranked for row in rows) else ():
+        row.cells = {key: cell for key, cell in row.cells.items() if key in asked or not key.startswith(_NAMES)}
+
+
+def length_columns(keys: Iterable[str]) -> list[Column]:
+    """A column for each "ppl_at_<length>" among the keys."""
+    lengths = sorted(int(key.removeprefix("ppl_at_")) for key in keys if key.startswith("ppl_at_"))
+    return [Column(f"ppl_at_{n}", f"ppl at\n{n}", "ppl", "down", _LENGTHS) for n in lengths]
+
+
+def notes(keys: Collection[str]) -> list[str]:
+    """What the columns of these keys mean."""
+    found = []
+    if pairs := [p for p in PAIRS if f"recall_{p}" in keys]:
+        chance = ", ".join(number_text(100 / p, "acc") for p in pairs)
+        found.append("recall: share of the values of so many pairs of random tokens that are named again, among these values, in sequences of the "
+                     f"longest length that was asked; by chance {chance}. ± of these columns: standard error over the sequences.")
+    if "needle" in keys:
+        found.append("needle: share of numbers in a long text that are named again, at the longest length, the mean over depths.")
+    if {"agreement_top1", "agreement_kl"} & set(keys):
+        found.append("Agreement: share of positions of held-out text whose most likely token is the teacher's, and KL(teacher || model) per token.")
+    if {"repetition", "teacher_nll"} & set(keys):
+        found.append("repetition: share of 4-grams of greedy continuations that were there before; teacher's nats: its loss on sampled ones, per token.")
+    if any(key.startswith("without_") for key in keys):
+        found.append("without: how much the perplexity changes when the part is put back to the identity in all layers.")
+    return found

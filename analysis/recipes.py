@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from analysis import abilities
 from analysis.cells import perplexity
 from analysis.rows import (
     TEACHERS,
@@ -118,6 +119,7 @@ def table(name: str, caption: str, records: list[Record], notes: list[str]) -> T
             cells = {"ppl": perplexity(recipe.records), "log_gap": recipe.gap, "left_pct": _over_seeds(recipe.left),
                      "seeds": Cell(len(_ppls(recipe.records)))}
             row.cells |= {f"{key}_{at}": cell for key, cell in cells.items() if cell is not None}
+            row.cells |= {f"{name}_{at}": Cell(*point) for name, point in abilities.abilities(recipe.records).items()}
             commands = [c for r in recipe.records for c in commands_of(r)]
             row.commands = list(dict.fromkeys([*row.commands, *commands]))
             row.paths = list(dict.fromkeys([*row.paths, *paths_of(recipe.records)]))
@@ -126,7 +128,13 @@ def table(name: str, caption: str, records: list[Record], notes: list[str]) -> T
             notes.append(f"No gap at {at} for {', '.join(without)}: no adapted teacher of this budget has a seed in common.")
         if not any(recipe.left for recipe in recipes.values()):
             notes.append(f"Nothing is said to be left at {at}: there is no row named paper with a gap above 0.")
+    abilities.compared(list(rows.values()))
     filled = {key for row in rows.values() for key in row.cells}
+    for at in map(human, found):
+        asked = {key.removesuffix(f"_{at}") for key in filled if key.endswith(f"_{at}")}
+        more = [*abilities.COLUMNS, *abilities.length_columns(asked)]
+        columns += [replace(c, key=f"{c.key}_{at}", block=f"{c.block}, {at} tokens") for c in more if c.key in asked]
+        notes += abilities.notes(asked)
     columns = [c for c in columns if c.key == "row" or c.key in filled]
     ordered = [rows[label] for label in sorted(rows, key=_order)]
     mark_best(ordered, columns)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from analysis import paper, recipes
+from analysis import abilities, paper, recipes
 from analysis.cells import cells_of, paper_cells, references, values_of
 from analysis.rows import (
     TEACHERS,
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 TITLES = {"main": "Main comparison", "mixer": "Parts of the mixer", "split": "Tokens by stage",
           "budget": "Total budget", "one_step": "One step instead of two", "scale": "Sizes of the teacher",
           "controls": "Controls", "recipes": "Recipes", "demo": "The demo"}
-ABILITIES = "recall, agreement with the teacher, generated text"
-WORTH = "change of perplexity without a part"
-LENGTHS = "perplexity at other lengths"
-PAIRS = (4, 16, 64)
 DEMO_ORDER = ("teacher", "<", "hedgemamba 10/90", "<=", "hedgehog 10/90", "<", "0/100", "<", "one_step")
 
 
@@ -70,13 +66,7 @@ COLUMNS = [
     Column("peak_memory_gb", "memory GB", "gb", block="cost"),
     *_task_columns("", "", "acc", "accuracy, %", "up", ranked=True),
     *_task_columns("_minus_teacher", "", "points", "accuracy minus the teacher's", "up"),
-    *[Column(f"recall_{pairs}", f"recall,\n{pairs} pairs", "acc", "up", ABILITIES) for pairs in PAIRS],
-    Column("needle", "needle", "acc", "up", ABILITIES),
-    Column("agreement_top1", "top-1\nagreement", "acc", "up", ABILITIES),
-    Column("agreement_kl", "KL,\nnats", "nats", "down", ABILITIES),
-    Column("repetition", "repetition\n%", "acc", "", ABILITIES),
-    Column("teacher_nll", "teacher's\nnats", "nats", "down", ABILITIES),
-    *[Column(f"without_{part}", f"without\n{name}", "points", "", WORTH) for part, name in (("ssm", "SSM"), ("conv", "conv"), ("gate", "gate"))],
+    *abilities.COLUMNS,
     *_task_columns("", "paper\n", "acc", "the paper's accuracy, %", "up"),
     *_task_columns("_minus_teacher", "paper\n", "points", "the paper's accuracy minus its teacher's", "up"),
 ]
@@ -136,6 +126,7 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
     if study != "scale":
         for row in made:
             row.cells.pop("bits_per_byte", None)
+    abilities.compared(made)
     columns = _columns(study, made)
     mark_best(made, columns)
     if study == "budget" and any(amount(r.get("settings.budget", 0)) != label
@@ -160,9 +151,7 @@ def _columns(study: str, rows: list[Row]) -> list[Column]:
         beside = c.key.endswith("_minus_teacher") or (study == "demo" and "accuracy" in c.block)
         if c.key.startswith("paper_") and beside and c.key.removeprefix("paper_") not in filled:
             filled.discard(c.key)
-    lengths = sorted(int(key.removeprefix("ppl_at_")) for key in filled if key.startswith("ppl_at_"))
-    beyond = [Column(f"ppl_at_{n}", f"ppl at\n{n}", "ppl", "down", LENGTHS) for n in lengths]
-    return [Column("row", "row"), *[c for c in COLUMNS if c.key in filled], *beyond]
+    return [Column("row", "row"), *[c for c in COLUMNS if c.key in filled], *abilities.length_columns(filled)]
 
 
 def _caption(study: str, records: list[Record]) -> str:
@@ -216,18 +205,7 @@ def _general_notes(rows: list[Row], usable: list[Record]) -> list[str]:
         notes.append(SINGLE)
     if keys & set(paper.TASKS):
         notes.append("± of an accuracy is the evaluation harness's standard error over the items.")
-    if pairs := [p for p in PAIRS if f"recall_{p}" in keys]:
-        chance = ", ".join(number_text(100 / p, "acc") for p in pairs)
-        notes.append("recall: share of the values of so many pairs of random tokens that are named again, among these values, in sequences of the "
-                     f"longest length that was asked; by chance {chance}. ± of these columns: standard error over the sequences.")
-    if "needle" in keys:
-        notes.append("needle: share of numbers in a long text that are named again, at the longest length, the mean over depths.")
-    if keys & {"agreement_top1", "agreement_kl"}:
-        notes.append("Agreement: share of positions of held-out text whose most likely token is the teacher's, and KL(teacher || model) per token.")
-    if keys & {"repetition", "teacher_nll"}:
-        notes.append("repetition: share of 4-grams of greedy continuations that were there before; teacher's nats: its loss on sampled ones, per token.")
-    if any(key.startswith("without_") for key in keys):
-        notes.append("without: how much the perplexity changes when the part is put back to the identity in all layers.")
+    notes += abilities.notes(keys)
     if any(cell.mark for _, cell in cells):
         notes.append(BOLD)
     if keys & {"gpu_hours", "cpu_hours"}:

@@ -101,6 +101,21 @@ def test_a_row_with_several_settings_at_one_budget_is_a_row_for_each(study):
     assert {"best (stage2.lr=0.001)", "best (stage2.lr=0.005)", "best"} <= set(study.rows("recipes"))  # one setting at 2k
 
 
+def test_what_else_was_measured_has_columns_at_the_budgets_where_a_student_was_asked(runs):
+    def recall(accuracy):
+        return {"recall": [{"pairs": 4, "length": 64, "accuracy": accuracy, "stderr": 2.0}], "agreement": {"kl": {"value": 0.5}}}
+
+    runs.teacher("recipes", 24.0, metrics=recall(90.0))
+    add(runs, "best", 1000, (25.0,))
+    add(runs, "best", 2000, (22.0,), metrics={k: v for k, v in recall(25.0).items() if k == "recall"})
+    table = runs.table("recipes")
+    assert [(c.key, c.block) for c in table.columns if c.key.startswith(("recall", "agreement"))] == [
+        ("recall_4_2k", "recall, agreement with the teacher, generated text, 2k tokens")]
+    rows = {row.label: row.cells for row in table.rows}
+    assert (rows["teacher"]["recall_4_2k"].value, rows["best"]["recall_4_2k"].value) == (90.0, 25.0)
+    assert runs.notes("recipes", "by chance 25.00")
+
+
 def test_the_plot_has_a_bar_for_each_row_and_budget_and_the_files_are_written(study, tmp_path):
     plots, _ = all_plots(records_of(load_records(study.root)))
     plot = next(p for p in plots if p.name == "recipes")
