@@ -290,18 +290,29 @@ def agreeing(name: str, records: list[Record], notes: list[str]) -> list[Record]
 
 
 def _together(records: list[Record]) -> Record:
-    """The last record, with the metrics that only earlier ones have (of lists the longest: more lengths, more pairs) and the
+    """The last record, with the metrics of which earlier ones have more (items of a task, lengths, pairs of tokens), and the
     commands and paths of all."""
     last = dict(records[-1])
     for r in reversed(records[:-1]):
-        for name, value in r.items():
-            if name.startswith("metrics.") and (name not in last or _longer(value, last[name])):
-                last[name] = value
+        for metric, values in _metrics(r).items():
+            if _extent(values) > _extent(had := _metrics(last).get(metric, {})):
+                last = {k: v for k, v in last.items() if k not in had} | values
     return last | {"commands": list(dict.fromkeys(c for r in records for c in commands_of(r))), "paths": [r["path"] for r in records]}
 
 
-def _longer(value: Any, than: Any) -> bool:
-    return isinstance(value, list) and isinstance(than, list) and len(value) > len(than)
+def _metrics(record: Record) -> dict[str, Record]:
+    """What belongs to each metric: {"piqa": {"metrics.piqa.value": ..., "metrics.piqa.stderr": ...}}."""
+    found: dict[str, Record] = {}
+    for name, value in record.items():
+        if name.startswith("metrics."):
+            found.setdefault(name.split(".")[1], {})[name] = value
+    return found
+
+
+def _extent(values: Record) -> tuple[bool, float, int]:
+    """How much was measured, to compare with the same metric of another record."""
+    items = [number(values, name) or 0 for name in values if name.endswith(".n")]
+    return bool(values), sum(items), sum(len(v) for v in values.values() if isinstance(v, list))
 
 
 def commands_of(record: Record) -> list[str]:

@@ -267,12 +267,13 @@ def test_two_evaluations_of_one_student_are_one_record_with_the_metrics_commands
     def origin(day, command):
         return {"provenance": {"artifacts": {"student": "w"}, "started": f"2026-01-0{day}", "command": command}}
 
-    runs.add("main", "hedgemamba", 30.0, record=origin(1, "first"), metrics={"piqa": {"value": 60.0, "stderr": 1.0}, **pairs(4, 16)})
-    runs.add("main", "hedgemamba", 30.0, record=origin(2, "second"), metrics={"boolq": {"value": 50.0, "stderr": 2.0}, **pairs(4)})
+    runs.add("main", "hedgemamba", 30.0, record=origin(1, "first"), metrics={"piqa": {"value": 60.0, "stderr": 1.0, "n": 500}, **pairs(4, 16)})
+    runs.add("main", "hedgemamba", 30.0, record=origin(2, "second"), metrics={
+        "piqa": {"value": 10.0, "stderr": 9.0, "n": 20}, "boolq": {"value": 50.0, "stderr": 2.0}, **pairs(4)})
     [row] = [r for r in runs.table("main").rows if r.label == "hedgemamba"]
     cells = row.cells
-    assert (cells["seeds"].value, cells["piqa"].value, cells["boolq"].value) == (1, 60.0, 50.0)
-    assert "recall_16" in cells, "the measurement of fewer pairs does not hide that of more"
+    assert (cells["seeds"].value, cells["piqa"].value, cells["piqa"].spread, cells["boolq"].value) == (1, 60.0, 1.0, 50.0)
+    assert "recall_16" in cells, "a measurement of less does not hide one of more"
     assert (row.commands, len(set(row.paths))) == (["first", "second"], 2)
     assert not runs.notes("main", "Conflict")
 
