@@ -16,6 +16,7 @@ from analysis.rows import (
     human,
     number,
     recipe_of,
+    same_items,
     settings_that_matter,
     tokens_of,
 )
@@ -66,15 +67,19 @@ def perplexity(records: list[Record]) -> Cell | None:
 
 
 def _accuracies(records: list[Record], teachers: list[Record]) -> dict[str, Cell]:
-    """Each task's mean over seeds with the harness's standard error, the mean of all ten, and both minus the teacher's."""
+    """Each task's mean over seeds with the harness's standard error, the mean of all ten, and both minus the teacher's; of seeds that
+    were asked other numbers of items those that were asked as many as the teacher, or else the most."""
     cells: dict[str, Cell] = {}
     for task in paper.TASKS:
-        if values := values_of(records, task):
-            errors = [r[f"metrics.{task}.stderr"] for r in records if f"metrics.{task}.stderr" in r]
+        answered = [r for r in records if f"metrics.{task}.value" in r]
+        alike, reference = same_items(task, answered, [r for r in teachers if f"metrics.{task}.value" in r])
+        [answered] = [alike] if alike else same_items(task, answered)
+        if values := values_of(answered, task):
+            errors = [r[f"metrics.{task}.stderr"] for r in answered if f"metrics.{task}.stderr" in r]
             spread = math.sqrt(statistics.fmean(e * e for e in errors)) if errors else None
             cells[task] = Cell(statistics.fmean(values), spread)
-            if reference := values_of(teachers, task):
-                cells[f"{task}_minus_teacher"] = Cell(cells[task].value - statistics.fmean(reference))  # type: ignore[operator]
+            if reference:
+                cells[f"{task}_minus_teacher"] = Cell(statistics.fmean(values) - statistics.fmean(values_of(reference, task)))
     for suffix in ("", "_minus_teacher"):
         of_all = [cells[f"{task}{suffix}"] for task in paper.TASKS if f"{task}{suffix}" in cells]
         if len(of_all) == len(paper.TASKS):

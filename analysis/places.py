@@ -8,6 +8,7 @@ from functools import cached_property
 
 from analysis.rows import (
     TEACHERS,
+    TOKENS,
     YARDSTICK,
     Record,
     agreeing,
@@ -173,6 +174,6 @@ def places(records: list[Record]) -> list[Place]:
     for same in seen.values():
         for place in same if len(same) > 1 else ():
             first = place.yard[0]
-            parts = (text(first.get(n, "null")) for n in YARDSTICK[1:])
+            parts = (text(first.get(n, "null"))[: 8 if n == TOKENS else None] for n in YARDSTICK[1:])
             place.label += f" ({', '.join(p for p in parts if p != 'null')})"
     return made

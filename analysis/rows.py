@@ -24,14 +24,16 @@ STUDIES = Path(__file__).parent.parent / "sweeps" / "study"
 PARTS = ("ssm", "conv", "gate")
 MIXERS = {"hedgehog": "", "ssm": "+ssm", "ssm_conv": "+ssm+conv", "hedgemamba": "+ssm+conv+gate", "gate": "+gate"}
 TEACHERS = ("teacher", "adapted_teacher")
-# What two perplexities must share to be compared.
-YARDSTICK = tuple(f"settings.{s}" for s in ("teacher", "data", "validation", "seq_len", "eval.sequences"))
+TOKENS = "provenance.artifacts.tokens"
+# What two perplexities must share to be compared; of texts the content under the teacher's tokenizer, whatever their names.
+YARDSTICK = (*(f"settings.{s}" for s in ("teacher", "data", "validation", "seq_len", "eval.sequences")), TOKENS)
 # Settings that say how or where a cell is run or what else is measured, not what is trained.
 OPERATIONAL = {f"settings.{s}" for s in (
-    "seed", "study", "row", "scale", "force", "device", "scan", "compile", "checkpoint_every", "log_every", "export",
+    "seed", "study", "row", "scale", "force", "device", "scan", "compile", "parallel", "checkpoint_every", "log_every", "export",
     "default_budget", "checkpointing", "tracker", "stage1.micro_batch", "stage2.micro_batch")}
 # Settings that older records lack, with the value that they had in effect.
-SINCE = {"settings.decay": "head", "settings.ssm_init": "exact", "settings.stage1.train": "maps", "settings.stage1.loss": "cosine"}
+SINCE = {"settings.decay": "head", "settings.ssm_init": "exact", "settings.stage1.train": "maps", "settings.stage1.loss": "cosine",
+         "settings.validation_fraction": 0.005, "settings.text_key": "text"}
 # Settings that a recipe doesn't read.
 UNUSED = {"teacher": ("",), "adapted_teacher": ("mixer", "ssm", "conv", "gate", "decay", "ssm_init", "stage1.", "feature_map.", "mamba.",
                                                 "keep_attention"),
@@ -151,7 +153,10 @@ def groups(records: list[Record], study: str) -> dict[str, list[Record]]:
         said = {labels[i]: key[i] for i in varied if key[i] not in ("", "null")}
         if said.get("scale") == said.get("teacher"):
             said.pop("scale", None)
+        content = said.pop(TOKENS, "")
         parts = [value if label in ("teacher", "scale") else f"{label} {value}" for label, value in said.items()]
+        if ", ".join(parts) in named:  # texts of one name
+            parts.append(f"tokens {content[:8]}")
         named.setdefault(", ".join(parts), []).extend(members)
     return named
 
@@ -313,6 +318,14 @@ def _extent(values: Record) -> tuple[bool, float, int]:
     """How much was measured, to compare with the same metric of another record."""
     items = [number(values, name) or 0 for name in values if name.endswith(".n")]
     return bool(values), sum(items), sum(len(v) for v in values.values() if isinstance(v, list))
+
+
+def same_items(task: str, *groups: list[Record]) -> list[list[Record]]:
+    """Of each group the records in which the task had as many items as in all others, of several numbers the largest."""
+    counts = [{number(r, f"metrics.{task}.n") for r in group} for group in groups]
+    shared = set.intersection(*counts)
+    most = max(shared, key=lambda n: n or 0, default=None)
+    return [[r for r in group if shared and number(r, f"metrics.{task}.n") == most] for group in groups]
 
 
 def commands_of(record: Record) -> list[str]:

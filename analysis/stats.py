@@ -21,11 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from analysis.rows import Record, text
+from analysis.rows import Record, same_items, text
 from hm.errors import UserError
 
 SEED_MARGIN = 0.05
 """Log perplexity. Seeds of one cell differ by about 1% in this kind of training: five times that is more than chance."""
+
+SEED_POINTS = 1.0
+"""Points of accuracy in one task by which seeds of one cell may differ by chance; of a mean over tasks the root of their number less."""
 
 LEVEL = 0.05
 
@@ -79,22 +82,28 @@ def difference(a: Sequence[Record], b: Sequence[Record], root: str | Path) -> Di
 
 
 def accuracy_difference(a: Sequence[Record], b: Sequence[Record], tasks: Sequence[str]) -> Difference | None:
-    """Mean over `tasks` of accuracy(a) - accuracy(b), in points, each the mean over seeds; the harness's standard errors.
+    """Mean over `tasks` of accuracy(a) - accuracy(b), in points, each the mean over seeds that answered as many items.
 
-    None if a task is missing in one of them, or its standard error.
+    The error is the harness's (over items) and, from two seeds in common on, that of the seeds; else SEED_POINTS are
+    added for chance. None if a task is missing in one of them, or its standard error, or was asked with other items.
     """
     values, variances = [], []
+    by_seed: list[list[float]] = []
     for task in tasks:
-        means = []
-        for records in (a, b):
-            found = [r for r in records if f"metrics.{task}.value" in r and f"metrics.{task}.stderr" in r]
-            if not found:
-                return None
-            means.append(float(np.mean([r[f"metrics.{task}.value"] for r in found])))
-            variances.append(float(np.mean([r[f"metrics.{task}.stderr"] ** 2 for r in found])))
-        values.append(means[0] - means[1])
-    error = math.sqrt(sum(variances)) / len(tasks)
-    return _interval(float(np.mean(values)), [(error, math.inf)], 0.0, "standard errors of the harness")
+        asked = [[r for r in records if f"metrics.{task}.value" in r and f"metrics.{task}.stderr" in r] for records in (a, b)]
+        asked = same_items(task, *asked)
+        if not all(asked):
+            return None
+        x, y = (float(np.mean([r[f"metrics.{task}.value"] for r in records])) for records in asked)
+        values.append(x - y)
+        variances += [float(np.mean([r[f"metrics.{task}.stderr"] ** 2 for r in records])) for records in asked]
+        by_seed.append([p[f"metrics.{task}.value"] - q[f"metrics.{task}.value"] for p, q in _paired(*asked)])
+    items = (math.sqrt(sum(variances)) / len(tasks), math.inf)
+    seeds = min(map(len, by_seed))
+    if seeds > 1 and len({len(found) for found in by_seed}) == 1:
+        each = np.mean(by_seed, axis=0).tolist()
+        return _interval(float(np.mean(each)), [items, _part(each)], 0.0, f"standard errors of the harness and of {seeds} seeds")
+    return _interval(float(np.mean(values)), [items], SEED_POINTS / math.sqrt(len(tasks)), "standard errors of the harness, one seed")
 
 
 def holm(differences: Sequence[Difference]) -> list[float]:
@@ -177,7 +186,8 @@ def _interval(value: float, parts: Sequence[tuple[float, float]], margin: float,
     if error == 0:
         p = 1.0 if abs(value) <= margin else 0.0
         return Difference(value, value - margin, value + margin, p, how)
-    freedom = variance**2 / sum(e**4 / df for e, df in parts) if any(math.isfinite(df) for _, df in parts) else math.inf
+    uncertain = sum(e**4 / df for e, df in parts)
+    freedom = variance**2 / uncertain if uncertain else math.inf
     t = StudentT(freedom)
     half = t.quantile(1 - LEVEL / 2) * error + margin
     p = 2 * t.above(max(0.0, abs(value) - margin) / error)

@@ -33,6 +33,8 @@ def check(settings: Settings, device: torch.device | None = None, inputs: Inputs
     longest = max_seq_len(config)
     if s.seq_len > longest:
         raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
+    if s.eval.stride and s.eval.stride > s.seq_len:
+        raise UserError(f"eval.stride={s.eval.stride} is longer than a sequence; lower it to seq_len={s.seq_len} or less.")
     if s.eval.generation and s.seq_len < PROMPT:
         raise UserError(f"seq_len={s.seq_len} leaves eval.generation=true nothing to continue beyond its prompt of {PROMPT} tokens; raise it to {PROMPT} or more, or leave eval.generation out.")
     if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:

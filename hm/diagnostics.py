@@ -38,7 +38,7 @@ def diagnose(
     seen: dict[int, dict[str, list[Tensor]]] = {m.layer_idx: {} for m in student.mixers}
     before = perplexity_of(student, token_batches, precision)
     with observed(student.mixers, seen):
-        perplexity_of(student, [token_batches[0][:WATCHED]], precision)
+        perplexity_of(student, [torch.cat(list(token_batches))[:WATCHED]], precision)
     layers = []
     for mixer in student.mixers:
         row: dict[str, Any] = {"layer": mixer.layer_idx} | statistics(mixer, seen[mixer.layer_idx])

@@ -20,11 +20,15 @@ from hm.modeling import StudentForCausalLM
 from hm.progress import say
 from hm.recall import associative_recall, needle
 
+SAMPLE = 16
+"""Evenly spaced validation sequences that diagnostics look at and continuations begin with."""
+
 
 def wanted(s: Settings) -> dict[str, Any]:
     """The evaluations that are on, with what their results depend on: a part of a cell's key, empty by default."""
     e = s.eval
     found = {n: getattr(e, n) for n in ("lengths", "stride", "recall", "needle", "generation", "agreement", "diagnostics")}
+    found |= {n: SAMPLE for n in ("generation", "diagnostics") if found[n]}
     return {n: v for n, v in found.items() if v} | ({"tasks": tasks.fingerprint(e)} if e.tasks else {})
 
 
@@ -66,7 +70,8 @@ def measure(
         say(f"{', '.join(beyond)}: beyond the {max_seq_len(model.config)} positions that the teacher was made for, where it extrapolates")
     per_token = held.text_bytes / len(held)
     few = list(validation_batches(held, s.seq_len, e.batch_size, min(e.sequences or 64, 64)))
-    if e.stride:
+    fewer = list(validation_batches(held, s.seq_len, 4, min(e.sequences or SAMPLE, SAMPLE)))  # alike whatever eval.batch_size is
+    if e.stride:  # of windows that lie seq_len apart
         tail = summarise([x[:, -e.stride :] for x in losses], per_token)
         found["ppl_strided"] = tail["ppl"] | {"stride": e.stride, "length": s.seq_len}
         found["bits_per_byte_strided"] = tail["bits_per_byte"]
@@ -75,13 +80,13 @@ def measure(
     if e.agreement:
         found["agreement"] = agreement(model, teacher(), (x[:, :-1] for x in few), precision=precision)
     if e.diagnostics and isinstance(model, StudentForCausalLM):
-        found["diagnostics"] = diagnose(model, few[:2], precision=precision)
+        found["diagnostics"] = diagnose(model, fewer, precision=precision)
     if e.recall:
         found["recall"] = associative_recall(model, s.seq_len, precision=precision)
     if e.needle:
         found["needle"] = needle(model, tokenizer, held, e.needle, precision=precision)
     if e.generation:
-        found["generation"] = score_generation(model, teacher(), few[:2], precision=precision)
+        found["generation"] = score_generation(model, teacher(), fewer, precision=precision)
     if e.tasks and tasks.installed() is None:
         say(f"eval.tasks={','.join(e.tasks)} is left out: lm-eval is not installed; run {tasks.INSTALL} and this command again.")
     elif e.tasks:

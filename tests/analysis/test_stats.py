@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis.stats import SEED_MARGIN, accuracy_difference, difference, holm
+from analysis.stats import SEED_MARGIN, SEED_POINTS, accuracy_difference, difference, holm
 
 
 def record(ppl, seed=0, stderr=0.3, recipe="two_stage", path="x/record.json", **tasks):
@@ -98,9 +98,24 @@ def test_accuracies_have_the_error_of_the_mean_of_their_tasks():
     a = [record(30.0, s, piqa=(60.0 + s, 1.0), boolq=(50.0, 2.0)) for s in (0, 1)]
     b = [record(30.0, 0, piqa=(58.0, 1.0), boolq=(51.0, 2.0))]
     found = accuracy_difference(a, b, ["piqa", "boolq"])
-    half = 1.959964 * math.sqrt(1 + 4 + 1 + 4) / 2
+    half = 1.959964 * math.sqrt(1 + 4 + 1 + 4) / 2 + SEED_POINTS / math.sqrt(2)
     assert (found.value, found.low) == pytest.approx(((2.5 - 1.0) / 2, (2.5 - 1.0) / 2 - half))
     assert accuracy_difference(a, b, ["piqa", "race"]) is None
+
+
+def test_an_accuracy_difference_has_the_noise_of_its_seeds():
+    even, odd, other = ([record(30.0, s, piqa=(v, 0.5)) for s, v in enumerate(values)] for values in ((38.0, 38.0, 38.0), (34.0, 38.0, 42.0), (36.0, 36.0, 36.0)))
+    sure, unsure = (accuracy_difference(a, other, ["piqa"]) for a in (even, odd))
+    assert sure.value == unsure.value == 2.0
+    assert sure.p < 0.05 < unsure.p
+    assert "3 seeds" in sure.how
+
+
+def test_accuracies_on_other_numbers_of_items_are_not_compared():
+    few, many = ([record(30.0, 0, piqa=(v, 1.0)) | {"metrics.piqa.n": n}] for v, n in ((60.0, 50), (70.0, 500)))
+    assert accuracy_difference(few, many, ["piqa"]) is None
+    again = [record(30.0, 1, piqa=(50.0, 1.0)) | {"metrics.piqa.n": 500}]
+    assert accuracy_difference([*few, *again], many, ["piqa"]).value == -20.0
 
 
 def test_equal_perplexities_are_no_difference_and_never_divide_by_zero(tmp_path):
