@@ -32,9 +32,12 @@ def run(main: Callable[[argparse.Namespace], None], options: argparse.Namespace)
     """The exit status of a command: 0, or 2 after one sentence on standard error."""
     try:
         main(options)
+        sys.stdout.flush()
     except UserError as error:
         say(f"error: {error}", sys.stderr)
         return 2
+    except BrokenPipeError:  # of make_tables.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

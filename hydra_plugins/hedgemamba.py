@@ -91,6 +91,9 @@ class PlanLauncher(Launcher):
         """The settings as they hold where the cell will run, and its device if that is another machine."""
         return settings, None
 
+    def check(self, plan: Plan, cells: dict[str, Cell]) -> None:
+        """Refuse what could not be carried out; nothing is kept of a plan that was refused."""
+
     def carry_out(self, plan: Plan, cells: dict[str, Cell], command: str) -> Outcome:
         raise NotImplementedError
 
@@ -114,6 +117,7 @@ class PlanLauncher(Launcher):
             plan = make_plan(planned)
             print(describe(plan, None if only_plan else MOST_LINES), file=sys.stdout if only_plan else sys.stderr)
             if only_plan:
+                self.check(plan, cells)
                 return completed(job_overrides)
             for cell in cells.values():
                 if cell.s.force:
@@ -124,6 +128,7 @@ class PlanLauncher(Launcher):
             if plan.to_do():
                 for cell in (cells[step.cells[0]] for step in plan.to_do() if step.kind == "eval"):
                     ask_hub(cell.s.eval)
+                self.check(plan, cells)
                 plan.save(next(iter(cells.values())).store, command_line())
                 outcome = self.carry_out(plan, cells, command_line())
             finish(cells, plan, outcome)
@@ -198,17 +203,27 @@ class SlurmLauncher(PlanLauncher):
             settings = replace(settings, precision="bf16" if settings.device == "cuda" else "fp32")
         return settings, torch.device(settings.device)
 
+    def check(self, plan: Plan, cells: dict[str, Cell]) -> None:
+        from slurm import scheduler
+        from slurm.cluster import check
+
+        if plan.to_do() and (not self.config.plan or scheduler.installed()):  # a plan may be made away from the cluster
+            check(plan, self.slurm, next(iter(cells.values())).store)
+
     def carry_out(self, plan: Plan, cells: dict[str, Cell], command: str) -> Outcome:
-        from slurm.cluster import check, say_waiting, submit
+        from slurm.cluster import say_left, say_waiting, submit
         from slurm.watch import wait
 
         store = next(iter(cells.values())).store
-        check(plan, self.slurm, store)
         jobs = submit(plan, self.slurm, store, command)
         say_waiting(len(jobs))
         if not self.slurm.wait:
             sys.exit(0)
-        return wait(plan, store, self.slurm.poll)
+        try:
+            return wait(plan, store, self.slurm.poll)
+        except KeyboardInterrupt:
+            say_left(jobs)
+            sys.exit(130)
 
 
 def finish(cells: dict[str, Cell], plan: Plan, outcome: Outcome | None) -> None:

@@ -316,6 +316,18 @@ def _split(job_id: str) -> tuple[str, int]:
     return array, int(index)
 
 
+def say_left(jobs: dict[str, str]) -> None:
+    """What goes on where the command that queued it was left, and how to end that."""
+    try:
+        queue = scheduler.jobs()
+    except scheduler.Unreachable:
+        queue = {}
+    alive = sorted({i for i in jobs.values() if i in queue and queue[i].alive})
+    if alive:
+        print(f"{len(alive)} jobs go on; the same command waits for them again, `python -m slurm.status` shows them, and this ends them:\n"
+              f"scancel {' '.join(alive)}", file=sys.stderr, flush=True)  # fmt: skip
+
+
 def say_waiting(jobs: int) -> None:
     print(f"{jobs} jobs are queued or running; `python -m slurm.status` shows them, and leaving this command ends none of them",
           file=sys.stderr, flush=True)  # fmt: skip

@@ -124,11 +124,14 @@ def _state(step: Described, store: Store, entry: dict | None, queue: Mapping[str
         return State("to do")
     if queue is None:
         return State("queued", "the scheduler does not answer", **where)
+    if parent and parent.name == "done" and job and job.reason == "DependencyNeverSatisfied":
+        return State("cancelled", "the job that it waited for was ended as it had finished its step; the same command queues this one again", **where)
     silent = "" if Path(entry["log"]).exists() else f" and left no log: can its node write to {store.root}?"
     if job is None:
         return State("lost", f"its job left the queue without the result{silent}", **where)
     named = {"CANCELLED": "cancelled", "COMPLETED": "lost", "NODE_FAIL": "lost"}
-    why = f"its job ended as {job.state} ({job.reason}) on {job.node or 'no node'}{silent}"
+    reason = "" if job.reason == "None" else f" ({job.reason})"
+    why = f"its job ended as {job.state}{reason} on {job.node or 'no node'}{silent}"
     return State(named.get(job.state, "failed"), why, **where)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import command
+from analysis import command, make_tables
 from analysis.formats import to_csv, to_latex, to_markdown
 from analysis.make_tables import main, print_table
 from analysis.paper import Above
@@ -62,6 +62,14 @@ def csv_rows(text):
 
 
 # --- formats ----------------------------------------------------------------------------------------------
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_traceback(runs, tmp_path):
+    runs.teacher("main")
+    command = f"{sys.executable} {Path(make_tables.__file__)} --runs {runs.root} --out {tmp_path / 'out'} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
+    assert "Error" not in done.stderr
+
 
 def test_a_missing_cell_is_a_dash_two_dashes_in_latex_and_empty_in_csv():
     empty = table()

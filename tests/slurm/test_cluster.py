@@ -127,6 +127,22 @@ def test_preempted_timed_out_killed_and_cancelled_steps_go_on_to_the_same_result
     timed_out.ends_with(1)
 
 
+def test_leaving_a_sweep_leaves_its_jobs_and_says_how_to_end_them_and_one_that_is_refused_leaves_nothing(start_sweep, small, tmp_path):
+    sweep = start_sweep(*small, *LONG)
+    entry, _ = wait_until(lambda: running(tmp_path / "runs"), "the step")
+    sweep.process.send_signal(signal.SIGINT)
+    said = sweep.ends_with(130).splitlines()
+    assert said[-2].startswith("2 jobs go on; the same command waits for them again")
+    assert said[-1].startswith("scancel ")
+    assert scheduler.jobs()[entry["job"]].alive
+    plans = sorted((tmp_path / "runs/default/plans").iterdir())
+    for more in ([], ["plan=true"]):
+        assert "invalid partition" in start_sweep(*small, *LONG, "seed=7", "hydra.launcher.partition=nope", *more).ends_with(2)
+    assert sorted((tmp_path / "runs/default/plans").iterdir()) == plans
+    run(*said[-1].split())
+    wait_until(lambda: not scheduler.jobs()[entry["job"]].alive, "the end of the jobs")
+
+
 def test_hydras_own_launcher_runs_a_cell_a_job(start_sweep, small, tmp_path):
     sweep = start_sweep("stage1_tokens=0", "budget=64", "mixer=hedgehog,ssm", *small, "hydra/launcher=submitit_slurm",
                         "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1")  # fmt: skip

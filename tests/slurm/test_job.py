@@ -184,6 +184,8 @@ def test_each_state_is_told_apart_by_what_store_and_queue_show(planned):
     assert names(queue(j1=("PENDING", "Priority"))) == ["done", "queued", "lost", "blocked"]
     assert names(queue(j1=("CANCELLED", "None"))) == ["done", "cancelled", "blocked", "blocked"]
     assert names(queue(j1=("OUT_OF_MEMORY", "OutOfMemory"), j2=("COMPLETED", "None"))) == ["done", "failed", "blocked", "blocked"]
+    (late,) = (s for s in look(plan.steps, store.root, jobs, queue(j1=("CANCELLED", "DependencyNeverSatisfied"))).values() if s.name == "cancelled")
+    assert late.why.startswith("the job that it waited for was ended as it had finished its step; the same command queues")
     assert names(queue("another's", j1=("RUNNING", "None"))) == ["done", "lost", "blocked", "blocked"]
     assert names(None) == ["done", "queued", "queued", "queued"]
     claimant = Claimant(store.path("stage1", stage1.key).with_name(f".{stage1.key}.claim"), 1, 9)
