@@ -117,7 +117,6 @@ class PlanLauncher(Launcher):
             plan = make_plan(planned)
             print(describe(plan, None if only_plan else MOST_LINES), file=sys.stdout if only_plan else sys.stderr)
             if only_plan:
-                self.check(plan, cells)
                 return completed(job_overrides)
             for cell in cells.values():
                 if cell.s.force:
@@ -204,14 +203,13 @@ class SlurmLauncher(PlanLauncher):
         return settings, torch.device(settings.device)
 
     def check(self, plan: Plan, cells: dict[str, Cell]) -> None:
-        from slurm import scheduler
         from slurm.cluster import check
 
-        if plan.to_do() and (not self.config.plan or scheduler.installed()):  # a plan may be made away from the cluster
-            check(plan, self.slurm, next(iter(cells.values())).store)
+        check(plan, self.slurm, next(iter(cells.values())).store)
 
     def carry_out(self, plan: Plan, cells: dict[str, Cell], command: str) -> Outcome:
         from slurm.cluster import say_left, say_waiting, submit
+        from slurm.states import LATE
         from slurm.watch import wait
 
         store = next(iter(cells.values())).store
@@ -220,7 +218,11 @@ class SlurmLauncher(PlanLauncher):
         if not self.slurm.wait:
             sys.exit(0)
         try:
-            return wait(plan, store, self.slurm.poll)
+            outcome = wait(plan, store, self.slurm.poll)
+            if any(why.startswith(LATE) for why in outcome.failed.values()):
+                jobs = submit(plan, self.slurm, store, command)
+                outcome = wait(plan, store, self.slurm.poll)
+            return outcome
         except KeyboardInterrupt:
             say_left(jobs)
             sys.exit(130)

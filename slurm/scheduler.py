@@ -84,7 +84,7 @@ def refusal(options: Sequence[str]) -> str | None:
     if done.returncode == 0 or "Requested nodes are busy" in done.stderr:  # a job would wait for them
         return None
     lines = [re.sub(r"^(sbatch: )?(error: )?(allocation failure: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
-    if silent := [line for line in lines if re.search(r"[Uu]nable to contact|timed out|Connection refused|Zero Bytes", line)]:
+    if silent := [line for line in lines if re.search(r"[Uu]nable to contact|timed out|Connection refused|Zero Bytes|configuration source", line)]:
         raise Unreachable(silent[0])
     return "; ".join(dict.fromkeys(lines)) or f"sbatch --test-only ended with status {done.returncode}"
 

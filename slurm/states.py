@@ -20,6 +20,8 @@ PROGRESS = "progress.json"
 STALE = 90.0
 """Seconds without a sign of life after which the holder of a claim is not called running."""
 ENDED = ("failed", "blocked", "cancelled", "lost")
+LATE = "the job that it waited for was ended as it had finished its step"
+"""Why SLURM never started a job although what it needs is there."""
 SETTLE = 20.0
 """Seconds that a shared file system may take to show what a job that ended has left."""
 
@@ -125,7 +127,7 @@ def _state(step: Described, store: Store, entry: dict | None, queue: Mapping[str
     if queue is None:
         return State("queued", "the scheduler does not answer", **where)
     if parent and parent.name == "done" and job and job.reason == "DependencyNeverSatisfied":
-        return State("cancelled", "the job that it waited for was ended as it had finished its step; the same command queues this one again", **where)
+        return State("cancelled", f"{LATE}; the same command queues this one again", **where)
     silent = "" if Path(entry["log"]).exists() else f" and left no log: can its node write to {store.root}?"
     if job is None:
         return State("lost", f"its job left the queue without the result{silent}", **where)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,11 @@ def small(tmp_path_factory, make_teacher, byte_tokenizer):
     ]  # fmt: skip
 
 
+def ctrl_c_counts():
+    """A shell has what it puts into the background ignore Ctrl-C, and the tests may have been put there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Sweep:
     """`python sweep.py -m ...` in a process of its own, as from a shell."""
 
@@ -69,7 +75,7 @@ class Sweep:
         self.log = runs.parent / f"{runs.name}-{time.monotonic_ns()}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=runs.parent, env=environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=runs.parent, env=environment, preexec_fn=ctrl_c_counts)
 
     def wait(self, seconds=300):
         """(status, all that it said)."""

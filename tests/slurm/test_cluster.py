@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from slurm import cluster as launcher
 from slurm import scheduler
 from slurm.cluster import SlurmSettings, check, submit
 from slurm.plan import make_plan
+from slurm.states import LATE
 from tests.slurm.conftest import ON_CPUS, records, wait_until
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -136,11 +138,26 @@ def test_leaving_a_sweep_leaves_its_jobs_and_says_how_to_end_them_and_one_that_i
     assert said[-1].startswith("scancel ")
     assert scheduler.jobs()[entry["job"]].alive
     plans = sorted((tmp_path / "runs/default/plans").iterdir())
-    for more in ([], ["plan=true"]):
-        assert "invalid partition" in start_sweep(*small, *LONG, "seed=7", "hydra.launcher.partition=nope", *more).ends_with(2)
+    assert "invalid partition" in start_sweep(*small, *LONG, "seed=7", "hydra.launcher.partition=nope").ends_with(2)
     assert sorted((tmp_path / "runs/default/plans").iterdir()) == plans
     run(*said[-1].split())
     wait_until(lambda: not scheduler.jobs()[entry["job"]].alive, "the end of the jobs")
+
+
+def test_a_step_whose_job_was_never_started_although_what_it_needs_is_there_is_queued_again(start_sweep, small, tmp_path):
+    small = [*small, "stage1_tokens=0", "budget=64", *ON_CPUS]
+    start_sweep(*small).ends_with(0)
+    (record,) = (json.loads(p.read_text()) for p in (tmp_path / "runs").glob("default/*/record.json"))
+    ended = run("sbatch", "--parsable", "--mem=50", "--output=/dev/null", "--wrap=sleep 15; false").strip()
+    student = run("sbatch", "--parsable", "--mem=50", "--job-name=default-student", "--output=/dev/null", f"--dependency=afterok:{ended}",
+                  "--kill-on-invalid-dep=yes", "--wrap=true").strip()  # fmt: skip
+    key = record["provenance"]["artifacts"]["student"]
+    shutil.rmtree(tmp_path / "runs/artifacts/student" / key)
+    shutil.rmtree(tmp_path / "runs/artifacts/eval")
+    jobs = tmp_path / "runs/jobs.json"
+    jobs.write_text(json.dumps(json.loads(jobs.read_text()) | {f"student/{key}": {"job": student, "name": "default-student", "log": "/none", "time": 0}}))
+    said = start_sweep(*small).ends_with(0)
+    assert LATE in said
 
 
 def test_hydras_own_launcher_runs_a_cell_a_job(start_sweep, small, tmp_path):

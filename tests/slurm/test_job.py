@@ -21,7 +21,7 @@ from slurm.job import REQUEUE, STOPPED, StopRequest, Task, read_failure, run
 from slurm.local import run_here
 from slurm.plan import make_plan
 from slurm.scheduler import Job
-from slurm.states import look
+from slurm.states import LATE, look
 from slurm.status import read_plans, text
 from tests.slurm.conftest import ROOT, records, wait_until
 
@@ -185,7 +185,7 @@ def test_each_state_is_told_apart_by_what_store_and_queue_show(planned):
     assert names(queue(j1=("CANCELLED", "None"))) == ["done", "cancelled", "blocked", "blocked"]
     assert names(queue(j1=("OUT_OF_MEMORY", "OutOfMemory"), j2=("COMPLETED", "None"))) == ["done", "failed", "blocked", "blocked"]
     (late,) = (s for s in look(plan.steps, store.root, jobs, queue(j1=("CANCELLED", "DependencyNeverSatisfied"))).values() if s.name == "cancelled")
-    assert late.why.startswith("the job that it waited for was ended as it had finished its step; the same command queues")
+    assert late.why == f"{LATE}; the same command queues this one again"
     assert names(queue("another's", j1=("RUNNING", "None"))) == ["done", "lost", "blocked", "blocked"]
     assert names(None) == ["done", "queued", "queued", "queued"]
     claimant = Claimant(store.path("stage1", stage1.key).with_name(f".{stage1.key}.claim"), 1, 9)
