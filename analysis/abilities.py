@@ -49,8 +49,7 @@ def abilities(records: list[Record]) -> dict[str, Point]:
             if (change := number(r, f"metrics.diagnostics.without.{part}")) is not None:
                 own[f"without_{part}"] = change, None
         own |= {f"ppl_at_{length}": point for length, point in at_lengths(r).items()}
-        for (_, pairs), point in sorted(recall(r).items()):
-            own[f"recall_{pairs}"] = point
+        own |= {f"recall_{pairs}": point for pairs, point in recall(r).items()}
         for _, point in sorted(needle(r).items()):
             own["needle"] = point
         for name, point in own.items():
@@ -67,9 +66,10 @@ def at_lengths(record: Record) -> dict[int, Point]:
     return {int(r["length"]): (r["ppl"], number(r, "stderr")) for r in rows if number(r, "length") is not None and number(r, "ppl") is not None}
 
 
-def recall(record: Record) -> dict[tuple[int, int], Point]:
-    """{(length, pairs): accuracy in percent} of multi-query associative recall."""
-    return {(int(x["length"]), int(x["pairs"])): (x["accuracy"], x.get("stderr")) for x in _measured(record, "recall", "length", "pairs")}
+def recall(record: Record) -> dict[int, Point]:
+    """{pairs: accuracy in percent} of multi-query associative recall, each at the longest length that was asked."""
+    asked = sorted(_measured(record, "recall", "length", "pairs"), key=lambda x: (x["length"], x["pairs"]))
+    return {int(x["pairs"]): (x["accuracy"], x.get("stderr")) for x in asked}
 
 
 def needle(record: Record) -> dict[int, Point]:

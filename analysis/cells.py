@@ -73,7 +73,7 @@ def _accuracies(records: list[Record], teachers: list[Record]) -> dict[str, Cell
     for task in paper.TASKS:
         answered = [r for r in records if f"metrics.{task}.value" in r]
         alike, reference = same_items(task, answered, [r for r in teachers if f"metrics.{task}.value" in r])
-        [answered] = [alike] if alike else same_items(task, answered)
+        answered = alike or same_items(task, answered)[0]
         if values := values_of(answered, task):
             errors = [r[f"metrics.{task}.stderr"] for r in answered if f"metrics.{task}.stderr" in r]
             spread = math.sqrt(statistics.fmean(e * e for e in errors)) if errors else None

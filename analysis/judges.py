@@ -327,10 +327,9 @@ def sizes(places: Sequence[Place], root: str) -> Iterator[Finding]:
         yield Finding(where, REPRODUCED, f"HedgeMamba is ahead at each of {len(verdicts)} teachers", evidence, [], "", paths)
     else:
         runs = [f.decide for f in largest.values() if f.verdict == UNDECIDED and f.decide]
-        if lacking := 3 - len(verdicts):
-            run = {str(place.yard[0].get("settings.scale")) for place in last.values()}
-            others = [scale for scale in SCALES if scale not in run][: max(0, lacking)]
-            runs += [f"python sweep.py -m +study=main scale={','.join(others)} seed=0,1,2"] if others else []
+        run = {str(place.yard[0].get("settings.scale")) for place in last.values()}
+        others = [scale for scale in SCALES if scale not in run][: max(0, 3 - len(verdicts))]
+        runs += [f"python sweep.py -m +study=main scale={','.join(others)} seed=0,1,2"] if others else []
         why = f"{len(verdicts)} of three teachers were run" if len(verdicts) < 3 else "C2 is undecided at one of them"
         yield Finding(where, UNDECIDED, why, evidence, [], " && ".join(runs), paths)
 

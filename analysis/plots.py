@@ -329,7 +329,7 @@ def _position(place: Place) -> Iterator[Plot]:
 
 def _recall(place: Place) -> Iterator[Plot]:
     """Recall against the number of pairs at the longest length, and the needle against the length: each mixer's best cell."""
-    kinds = (("recall", "Associative recall", "pairs of key and value", _longest, "Error bars: standard error over the sequences."),
+    kinds = (("recall", "Associative recall", "pairs of key and value", recall, "Error bars: standard error over the sequences."),
              ("needle", "A needle in held-out text", "length, tokens", needle, "The mean over where it lies."))
     for name, title, label, measured, about in kinds:
         series: list[Series] = []
@@ -348,11 +348,6 @@ def _recall(place: Place) -> Iterator[Plot]:
                 series.append(Series("by chance", "other", asked, [100 / x for x in asked], dash="dot"))
             yield Plot(name, title, label, "accuracy, %", series, log_x=True, place=place.label,
                        note=f"Of each mixer the cell with the lowest perplexity, mean over its seeds. {about}")
-
-
-def _longest(record: Record) -> dict[int, tuple[float, float | None]]:
-    """Recall by the number of pairs, each at the longest length that was asked."""
-    return {pairs: point for (_, pairs), point in sorted(recall(record).items())}
 
 
 def _decay(place: Place) -> Iterator[Plot]:
