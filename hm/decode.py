@@ -8,7 +8,7 @@ memory sectors, that a Triton kernel updates in place and reads out in the same 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,19 @@ from hm.ops import step
 from hm.ops.recurrent import divide
 
 SECTOR = 8  # float32 numbers in the 32 bytes that a GPU's memory moves at once
-TILE = (64, 32)  # states and channels that a program of the kernel holds at a time
-PROGRAMS = 512  # of the kernel, where a small batch would leave most of a GPU's 100 to 150 processors without work
+
+
+class Launch(NamedTuple):
+    """How the kernel is launched. states, channels: that a program holds at a time. programs: at least about so many, where
+    a small batch would leave most of a GPU's 100 to 150 processors without work."""
+
+    states: int = 64
+    channels: int = 32
+    warps: int = 4
+    programs: int = 512
+
+
+LAUNCH = Launch()
 
 
 class StaticState:
@@ -170,14 +181,14 @@ def step_in_place(state: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor 
     B, H, N, C = state.shape
     delta = state.new_ones(B, H) if delta is None else delta.float()
     decay = torch.ones_like(delta) if A is None else torch.exp(-delta * A.float())
-    row, (block_n, block_c) = state.stride(2), TILE
+    row, (block_n, block_c, warps, programs) = state.stride(2), LAUNCH
     assert state.stride() == (H * N * row, N * row, row, 1)
     blocks = -(-C // block_c)
-    parts = max(1, min(-(-N // block_n), PROGRAMS // (B * H * blocks)))
+    parts = max(1, min(-(-N // block_n), programs // (B * H * blocks)))
     y = torch.empty(B, H, parts, C, device=state.device)
     kernel[(B * H, blocks, parts)](
         state, q.contiguous(), k.contiguous(), v.contiguous(), delta.contiguous(), decay.contiguous(), y, H, H // k.shape[1],
-        N, v.shape[-1], C, ROW=row, BLOCK_N=block_n, BLOCK_C=block_c,
+        N, v.shape[-1], C, ROW=row, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=warps,
     )  # fmt: skip
     y = y.sum(2)
     return (divide(y) if normalize else y).to(v.dtype)

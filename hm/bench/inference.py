@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hm import decode
 from hm.adapters import adapter_for
 from hm.bench.report import write
 from hm.bench.shapes import SHAPES, build_teacher
@@ -41,11 +42,12 @@ LEAST_SECONDS = 0.2
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    decode.LAUNCH = decode.Launch(*args.launch)
     found = []
     for row in rows(args):
         found.append(row)
         print(line(row), flush=True)
-        write(args.out, "inference", found, shape=args.shape, mixer=args.mixer, compile=args.compile)
+        write(args.out, "inference", found, shape=args.shape, mixer=args.mixer, compile=args.compile, launch=decode.LAUNCH._asdict())
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,6 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=16, help="tokens decoded in one measurement (default: 16)")
     parser.add_argument("--prefill-tokens", type=int, default=1 << 18, help="prefill is measured up to so many tokens, batch x context")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of both models for decoding")
+    parser.add_argument("--launch", nargs=4, type=positive, default=decode.LAUNCH, metavar=("STATES", "CHANNELS", "WARPS", "PROGRAMS"),
+                        help=f"of the student's decoding kernel (default: {' '.join(map(str, decode.LAUNCH))}), to find the best for another GPU")
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes/s, for bound_seconds (default: an H100's 3.35e12; H200: 4.8e12)")
     parser.add_argument("--minutes", type=float, default=4.0, help="no row is begun after so long (default: 4)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

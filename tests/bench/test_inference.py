@@ -45,7 +45,7 @@ import torch
 from hm import decode
 from hm.decode import step_in_place
 from hm.ops import step
-for decode.TILE, (B, H, G, N, P, normalize, delta, A) in itertools.product([(64, 32), (8, 64)], [(2, 4, 2, 32, 16, True, 1, 1), (1, 2, 2, 130, 65, True, 0, 0),
+for decode.LAUNCH, (B, H, G, N, P, normalize, delta, A) in itertools.product([decode.Launch(), decode.Launch(8, 64, 8, 64)], [(2, 4, 2, 32, 16, True, 1, 1), (1, 2, 2, 130, 65, True, 0, 0),
                                            (3, 2, 1, 64, 33, False, 1, 1), (1, 2, 2, 8, 31, True, 1, 0),
                                            (16, 16, 8, 96, 40, True, 1, 1)]):
     q, k, v = torch.rand(B, H, N), torch.rand(B, G, N), torch.randn(B, G, P)
