@@ -352,7 +352,7 @@ class Cell:
                 model = self.finished()
                 losses = losses_of(model, "evaluate")
                 found: dict[str, Any] = summarise(losses, held.text_bytes / len(held))
-                found |= measure(model, s, held, tokenizer=self.inputs.tokenizer(s.teacher), teacher=self.teacher, losses=losses, precision=self.precision)
+                found |= measure(model, s, held, tokenizer=self.inputs.tokenizer(s.teacher), teacher=self.teacher, precision=self.precision)
             if self.is_student:
                 with explained("evaluate start"):
                     found["ppl_start"] = summarise(losses_of(self.converted(self.teacher()), "evaluate start"))["ppl"]

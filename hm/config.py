@@ -109,7 +109,7 @@ class Evaluate:
     limit: int | None = setting(None, "items of each task; null: all", "50")
     task_batch: int = setting(64, "requests per batch of lm-eval", "16")
     lengths: Any = setting(None, "longer sequences, also beyond what the teacher was made for, whose perplexity is measured by position; null: none", "[512,1024]")
-    stride: int | None = setting(None, "also perplexity of the last so many tokens of each sequence, which have the longest context; null: not", "128")
+    stride: int | None = setting(None, "also perplexity from a window of seq_len tokens moved by so many, of which the last so many count: the same tokens with more before them; it costs seq_len/stride times as much; null: not", "128")
     recall: bool = setting(False, "multi-query associative recall on random pairs of tokens", "true")
     needle: Any = setting(None, "lengths of text, also beyond what the teacher was made for, in which a number is hidden and asked for; null: none", "[512,1024]")
     generation: bool = setting(False, "score generated continuations: repetition, distinct n-grams, teacher's likelihood", "true")

@@ -242,10 +242,8 @@ class Batches:
         return torch.from_numpy(np.stack([self.dataset.block(i, self.seq_len) for i in indices]))
 
 
-def validation_batches(
-    dataset: TokenDataset, seq_len: int, batch_size: int, sequences: int | None
-) -> Iterator[torch.Tensor]:
-    """`sequences` evenly spaced blocks, at most all (None: all), as int64 (<= batch_size, seq_len + 1).
+def validation_blocks(dataset: TokenDataset, seq_len: int, sequences: int | None) -> list[int]:
+    """The numbers of `sequences` evenly spaced blocks, at most all (None: all).
 
     Raises UserError where the split is shorter than one block.
     """
@@ -256,7 +254,14 @@ def validation_batches(
             f"seq_len={seq_len}; use more validation text or lower seq_len"
         )
     count = available if sequences is None else min(sequences, available)
-    indices = [i * available // count for i in range(count)]
-    for start in range(0, count, batch_size):
+    return [i * available // count for i in range(count)]
+
+
+def validation_batches(
+    dataset: TokenDataset, seq_len: int, batch_size: int, sequences: int | None
+) -> Iterator[torch.Tensor]:
+    """The `validation_blocks` as int64 (<= batch_size, seq_len + 1); raises as they do."""
+    indices = validation_blocks(dataset, seq_len, sequences)
+    for start in range(0, len(indices), batch_size):
         blocks = [dataset.block(i, seq_len) for i in indices[start : start + batch_size]]
         yield torch.from_numpy(np.stack(blocks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hm.data import validation_blocks
 from hm.progress import progress_bar
+from hm.shards import TokenDataset
 
 SEGMENT = 4096
 """Tokens of a forward; a longer sequence goes on from the cache, so that its logits need not be held at once."""
@@ -79,6 +82,25 @@ def summarise(losses: Sequence[Tensor], bytes_per_token: float | None = None) ->
         bits = 1 / (math.log(2) * bytes_per_token)
         found["bits_per_byte"] = measured(mean * bits, stderr * bits)
     return found
+
+
+def strided_losses(
+    model: PreTrainedModel, held: TokenDataset, seq_len: int, stride: int, sequences: int | None, *, batch_size: int = 8,
+    precision: str = "fp32", progress: str | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The losses (1, L) of the tokens of each of the `validation_blocks`, like `token_losses`, from a window of L = seq_len
+    tokens that is moved by `stride`, of which the last `stride` count: each has at least L - stride tokens before it, but
+    at the beginning of the text. It costs L / stride times as much."""
+    windows, counted = [], []
+    for block in validation_blocks(held, seq_len, sequences):
+        for first in range(0, seq_len, stride):
+            counted.append(min(stride, seq_len - first))
+            end = block * seq_len + first + counted[-1]
+            windows.append(torch.from_numpy(held.tokens(max(0, end - seq_len), end + 1)))
+    alike = [list(group) for _, group in itertools.groupby(windows, len)]  # those at the beginning of the text are shorter
+    batches = [torch.stack(group[i : i + batch_size]) for group in alike for i in range(0, len(group), batch_size)]
+    rows = itertools.chain.from_iterable(token_losses(model, batches, precision=precision, progress=progress))
+    return list(torch.cat([row[-n:] for row, n in zip(rows, counted, strict=True)]).view(-1, 1, seq_len))
 
 
 def perplexity(

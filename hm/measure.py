@@ -14,7 +14,7 @@ from hm.config import Settings
 from hm.data import TokenDataset, validation_batches
 from hm.diagnostics import diagnose
 from hm.errors import UserError
-from hm.evaluate import agreement, by_position, summarise, token_losses
+from hm.evaluate import agreement, by_position, strided_losses, summarise, token_losses
 from hm.generation import score_generation
 from hm.modeling import StudentForCausalLM
 from hm.progress import say
@@ -29,6 +29,7 @@ def wanted(s: Settings) -> dict[str, Any]:
     e = s.eval
     found = {n: getattr(e, n) for n in ("lengths", "stride", "recall", "needle", "generation", "agreement", "diagnostics")}
     found |= {n: SAMPLE for n in ("generation", "diagnostics") if found[n]}
+    found["moved by"] = found.pop("stride")  # what "stride" was, the last tokens of each sequence, was something else
     return {n: v for n, v in found.items() if v} | ({"tasks": tasks.fingerprint(e)} if e.tasks else {})
 
 
@@ -52,13 +53,11 @@ def measure(
     *,
     tokenizer: PreTrainedTokenizerFast,
     teacher: Callable[[], PreTrainedModel],
-    losses: list[torch.Tensor],
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """The metrics that `s.eval` asks for, by their names in a record; see the functions that they come from.
 
-    held: the validation split; teacher: gives the teacher, on the device of `model`; losses: the `token_losses` of
-    `model` on the validation sequences.
+    held: the validation split; teacher: gives the teacher, on the device of `model`.
 
     Raises:
         UserError: held-out text that is too short, task items that can't be scored.
@@ -71,10 +70,11 @@ def measure(
     per_token = held.text_bytes / len(held)
     few = list(validation_batches(held, s.seq_len, e.batch_size, min(e.sequences or 64, 64)))
     fewer = list(validation_batches(held, s.seq_len, 4, min(e.sequences or SAMPLE, SAMPLE)))  # alike whatever eval.batch_size is
-    if e.stride:  # of windows that lie seq_len apart
-        tail = summarise([x[:, -e.stride :] for x in losses], per_token)
-        found["ppl_strided"] = tail["ppl"] | {"stride": e.stride, "length": s.seq_len}
-        found["bits_per_byte_strided"] = tail["bits_per_byte"]
+    if e.stride:
+        strided = summarise(strided_losses(model, held, s.seq_len, e.stride, e.sequences, batch_size=e.batch_size,
+                                           precision=precision, progress="evaluate strided"), per_token)  # fmt: skip
+        found["ppl_strided"] = strided["ppl"] | {"stride": e.stride, "length": s.seq_len}
+        found["bits_per_byte_strided"] = strided["bits_per_byte"]
     if e.lengths:
         found |= perplexity_beyond(model, s, held, precision)
     if e.agreement:

@@ -3,10 +3,11 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from hm.evaluate import agreement, by_position, measured, perplexity, token_losses
+from hm.evaluate import agreement, by_position, measured, perplexity, strided_losses, token_losses
 
 
 class Fixed(torch.nn.Module):
@@ -144,6 +145,21 @@ def test_perplexity_by_position_parts_the_tokens_at_doubling_positions():
     assert found["ppl"] == pytest.approx([math.exp(m) for m in means])
     assert all(error > 0 for error in found["stderr"])
     assert by_position([torch.ones(1, 2)])["stderr"] == [None]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_strided_losses_are_those_of_the_end_of_a_window_that_is_moved(teacher, stride, tmp_path):
+    text = np.random.default_rng(0).integers(0, teacher.config.vocab_size, 41)
+    held = SimpleNamespace(split="validation", num_blocks=lambda n: 40 // n, tokens=lambda a, b: text[a:b], __len__=lambda: 41)
+    found = strided_losses(teacher, held, 8, stride, 3, batch_size=2)
+    assert [x.shape for x in found] == [(1, 8)] * 3
+    for block, losses in zip((0, 1, 3), found, strict=True):
+        for i in range(8):
+            end = block * 8 + min(8, (i // stride + 1) * stride)
+            window = torch.from_numpy(text[max(0, end - 8) : end + 1])[None]
+            assert end - max(0, end - 8) == 8 or block == 0
+            expected = token_losses(teacher, [window])[0][0, i - end + block * 8]
+            assert losses[0, i].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_model_agrees_with_itself_and_less_with_another(make_teacher, ids):

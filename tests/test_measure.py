@@ -13,7 +13,7 @@ from hm.cell import Cell
 from hm.config import from_dict
 from hm.data import TokenDataset, validation_batches
 from hm.errors import UserError
-from hm.evaluate import token_losses
+from hm.evaluate import strided_losses, token_losses
 from hm.measure import wanted
 from hm.modeling import load_student
 from hm.store import Store
@@ -75,7 +75,10 @@ def test_one_cell_measures_everything_and_can_be_exported_and_loaded(cell, items
     kept = json.loads((made.store.run_path("default", made.name, made.key) / "losses.json").read_text())
     assert (kept["tokens"], kept["seq_len"]) == (made.tokens_key, 32)
     assert kept["loss"] == pytest.approx(losses.mean(1).tolist())
-    assert metrics["ppl_strided"]["value"] == pytest.approx(losses[:, -8:].mean().exp().item(), rel=1e-5)
+    strided = torch.cat(strided_losses(student, held, 32, 8, 4))
+    assert strided.shape == losses.shape
+    assert metrics["ppl_strided"]["value"] == pytest.approx(strided.mean().exp().item(), rel=1e-5)
+    assert metrics["ppl_strided"]["value"] < metrics["ppl"]["value"], "the same tokens with more before them"
 
     card = (folder / "README.md").read_text()
     assert f"| ppl | {metrics['ppl']['value']:.4g} |" in card
