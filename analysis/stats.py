@@ -4,7 +4,8 @@ Two kinds of chance move a difference: other seeds, and other validation text. W
 depends on what the records hold, and `how` says it:
 
 - two seeds or more in common: the seeds' differences, each between two cells with the same seed (Student's t). With
-  the loss of every validation sequence beside the records, the sequences' own paired variance is added.
+  the loss of every validation sequence beside the records, the sequences' own paired error is added, in which
+  neighbours count as alike as they are (they can be parts of one document).
 - one seed: the paired differences of the validation sequences, or without them both records' standard errors, which
   is wider, since the sequences are the same. What another seed would give is unknown then, so the interval is widened
   by SEED_MARGIN on either side.
@@ -69,11 +70,11 @@ def difference(a: Sequence[Record], b: Sequence[Record], root: str | Path) -> Di
     value = float(np.mean(by_seed))
     by_sequence = _sequences(pairs, root)
     if len(pairs) > 1:
-        parts = [_part(by_seed)] + ([_part(by_sequence)] if by_sequence is not None else [])
+        parts = [_part(by_seed)] + ([_serial_part(by_sequence)] if by_sequence is not None else [])
         how = f"paired over {len(pairs)} seeds" + (f" and {len(by_sequence)} sequences" if by_sequence is not None else "")
         return _interval(value, parts, 0.0, how)
     if by_sequence is not None:
-        return _interval(value, [_part(by_sequence)], SEED_MARGIN, f"paired over {len(by_sequence)} sequences, one seed")
+        return _interval(value, [_serial_part(by_sequence)], SEED_MARGIN, f"paired over {len(by_sequence)} sequences, one seed")
     (x, y), = pairs
     errors = [r.get("metrics.ppl.stderr", math.nan) / r["metrics.ppl.value"] for r in (x, y)]
     if any(math.isnan(e) for e in errors):
@@ -133,10 +134,6 @@ class StudentT:
     def quantile(self, p: float) -> float:
         return float(self.special.ndtri(p) if self.normal else self.special.stdtrit(self.freedom, p))
 
-    def above(self, x: float) -> float:
-        """The probability of more than `x`."""
-        return float(self.special.ndtr(-x) if self.normal else self.special.stdtr(self.freedom, -x))
-
 
 def _paired(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Record]]:
     untouched = {recipe: records for recipe, records in (("a", a), ("b", b))
@@ -179,16 +176,29 @@ def _part(values: Sequence[float]) -> tuple[float, float]:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
 
 
+def _serial_part(values: Sequence[float]) -> tuple[float, float]:
+    """`_part` of values in the order of the text, with the covariance of neighbours (Newey and West, Econometrica 55,
+    1987); never less than without it."""
+    x, n = np.asarray(values) - np.mean(values), len(values)
+    lags = int(4 * (n / 100) ** (2 / 9))
+    near = sum(2 * (1 - lag / (lags + 1)) * float(x[lag:] @ x[:-lag]) for lag in range(1, min(lags, n - 1) + 1))
+    error, freedom = _part(values)
+    return math.sqrt(max(error**2, error**2 + near / (n * (n - 1)))), freedom
+
+
 def _interval(value: float, parts: Sequence[tuple[float, float]], margin: float, how: str) -> Difference:
-    """From independent errors with their degrees of freedom (Welch and Satterthwaite)."""
-    variance = sum(error**2 for error, _ in parts)
-    error = math.sqrt(variance)
-    if error == 0:
-        p = 1.0 if abs(value) <= margin else 0.0
-        return Difference(value, value - margin, value + margin, p, how)
-    uncertain = sum(e**4 / df for e, df in parts)
-    freedom = variance**2 / uncertain if uncertain else math.inf
-    t = StudentT(freedom)
-    half = t.quantile(1 - LEVEL / 2) * error + margin
-    p = 2 * t.above(max(0.0, abs(value) - margin) / error)
-    return Difference(value, value - half, value + half, p, how)
+    """From independent errors with their degrees of freedom: the half-widths that they would have alone, added like errors
+    (MOVER: Zou and Donner, Statistics in Medicine 27, 2008). Welch's and Satterthwaite's approximation is narrower and right
+    in 88% instead of 95% where one part has two seeds."""
+    alone = [(error, StudentT(freedom)) for error, freedom in parts]
+
+    def half(level: float) -> float:
+        return math.hypot(*(error * t.quantile(1 - level / 2) for error, t in alone))
+
+    far = max(0.0, abs(value) - margin)
+    low, high = 1e-15, 1.0  # p is the level at which the interval ends at no difference
+    while high / low > 1 + 1e-6:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if half(middle) < far else (middle, high)
+    wide = half(LEVEL) + margin
+    return Difference(value, value - wide, value + wide, high, how)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def store(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
-    made.store(root / "runs", seeds=(0, 1))
+    made.store(root / "runs", seeds=(0, 1, 2))
     made.store(root / "runs", seeds=(0,), teachers=(("tiny", 7_000_000),))
     made.bench(root / "results/bench")
     return root
@@ -118,7 +118,7 @@ def test_every_number_of_ours_opens_its_records_with_file_and_command(browser, p
     browser.js(f"[...document.querySelectorAll('.card.table')[{index}].querySelectorAll('tbody tr')]"
                ".find((r) => r.textContent.startsWith('hedgemamba')).querySelector('a').click()")
     assert browser.js("document.getElementById('detail').open")
-    assert browser.texts("#detail h2") == ["The 2 records behind this number"]
+    assert browser.texts("#detail h2") == ["The 3 records behind this number"]
     files = browser.js("[...document.querySelectorAll('#detail a.file')].map((a) => a.href)")
     found = [json.loads(Path(unquote(url.removeprefix("file://"))).read_text()) for url in files]
     assert [(r["row"], r["settings"]["seed"]) for r in found] == [("hedgemamba", 0), ("hedgemamba", 1)]

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis.stats import SEED_MARGIN, SEED_POINTS, accuracy_difference, difference, holm
+from analysis.stats import (
+    LEVEL,
+    SEED_MARGIN,
+    SEED_POINTS,
+    _interval,
+    _part,
+    _serial_part,
+    accuracy_difference,
+    difference,
+    holm,
+)
 
 
 def record(ppl, seed=0, stderr=0.3, recipe="two_stage", path="x/record.json", **tasks):
@@ -57,7 +67,10 @@ def test_one_seed_with_the_loss_of_each_sequence_is_paired_over_them(tmp_path):
     a, b = (text + rng.normal(shift, 0.01, 50) for shift in (0, 0.2))
     paths = [write_losses(tmp_path, name, x.tolist()) for name, x in (("a", a), ("b", b))]
     found = difference([record(math.exp(a.mean()), path=paths[0])], [record(math.exp(b.mean()), path=paths[1])], tmp_path)
-    half = scipy_stats.t.ppf(0.975, 49) * (a - b).std(ddof=1) / math.sqrt(50) + SEED_MARGIN
+    x, n, lags = a - b - (a - b).mean(), 50, 3  # int(4 * 0.5 ** (2 / 9))
+    covariance = [(x[: n - lag] * x[lag:]).sum() for lag in range(1, lags + 1)]
+    variance = (x * x).sum() + 2 * (0.75 * covariance[0] + 0.5 * covariance[1] + 0.25 * covariance[2])
+    half = scipy_stats.t.ppf(0.975, 49) * math.sqrt(max(variance, (x * x).sum()) / (n * (n - 1))) + SEED_MARGIN
     assert (found.value, found.low) == pytest.approx(((a - b).mean(), (a - b).mean() - half))
     assert "50 sequences, one seed" in found.how
     unpaired = difference([record(math.exp(a.mean()), stderr=4.0)], [record(math.exp(b.mean()), stderr=4.0)], tmp_path)
@@ -83,6 +96,34 @@ def test_seeds_and_sequences_add_up(tmp_path):
     assert both.value == pytest.approx(seeds.value)
     assert both.how == "paired over 3 seeds and 40 sequences"
     assert both.p != seeds.p
+
+
+def test_an_interval_of_few_seeds_and_many_sequences_holds_what_it_should():
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(1500):
+        seeds, sequences = rng.normal(0, 1, 2), rng.normal(0, 3, 100)
+        value = seeds.mean() + sequences.mean()
+        found = _interval(value, [_part(seeds), _serial_part(sequences)], 0.0, "")
+        held += found.low <= 0 <= found.high
+        assert (found.p < LEVEL) == (not found.low <= 0 <= found.high)
+    assert 0.94 < held / 1500 < 0.99, "Welch's and Satterthwaite's holds it 88 times of 100"
+
+
+def test_neighbours_that_are_alike_count_as_less():
+    rng, plain, serial = np.random.default_rng(3), 0, 0
+    for _ in range(2000):
+        noise = rng.normal(0, 1, 151)
+        x = noise[1:] + 0.6 * noise[:-1]
+        plain += abs(x.mean()) < 1.98 * _part(x)[0]
+        serial += abs(x.mean()) < 1.98 * _serial_part(x)[0]
+    assert plain / 2000 < 0.87 < 0.92 < serial / 2000
+
+
+@pytest.mark.parametrize(("value", "p"), [(1.959964, 0.05), (0.5, 1.0), (100.0, 1e-15), (-2.575829, 0.01)])
+def test_p_is_the_level_at_which_the_interval_ends_at_the_margin(value, p):
+    margin = 0.5 if value == 0.5 else 0.0
+    assert _interval(value, [(1.0, math.inf)], margin, "").p == pytest.approx(p, rel=1e-4)
+    assert _interval(math.copysign(3, value), [(0.0, 1)], margin, "").p == pytest.approx(1e-15, rel=1e-4)
 
 
 def test_holm_is_that_of_the_textbook():
