@@ -100,6 +100,7 @@ def settings_that_matter(record: Record) -> dict[str, str]:
     """The settings that decide what is trained, apart from the seed, as text; those that an older record lacks as they were in effect."""
     unused = UNUSED.get(recipe_of(record), ())
     given = record | {k: v for k, v in SINCE.items() if k not in record}
+    given["settings.precision"] = record.get("provenance.precision", record.get("settings.precision"))  # what auto was
     return {k: text(v) for k, v in given.items() if k.startswith("settings.") and k not in OPERATIONAL
             and (k in YARDSTICK or not (k.startswith("settings.eval.")
                                         or k.removeprefix("settings.").startswith(unused or ("\0",))))}

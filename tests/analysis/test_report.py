@@ -121,7 +121,7 @@ def test_every_number_of_ours_opens_its_records_with_file_and_command(browser, p
     assert browser.texts("#detail h2") == ["The 3 records behind this number"]
     files = browser.js("[...document.querySelectorAll('#detail a.file')].map((a) => a.href)")
     found = [json.loads(Path(unquote(url.removeprefix("file://"))).read_text()) for url in files]
-    assert [(r["row"], r["settings"]["seed"]) for r in found] == [("hedgemamba", 0), ("hedgemamba", 1)]
+    assert [(r["row"], r["settings"]["seed"]) for r in found] == [("hedgemamba", s) for s in range(3)]
     commands = browser.texts("#detail code")
     assert commands == [r["provenance"]["command"] for r in found]
     browser.js("document.querySelector('#detail .command button').click(); new Promise((r) => setTimeout(r, 200))")
