@@ -162,7 +162,8 @@ def check_choices(argument: str, key: str, known: list[str]) -> None:
             near = difflib.get_close_matches(value, known, n=1)
             plus = "+" if key == "study" else ""
             hint = f"; did you mean {plus}{key}={near[0]}?" if near else ";"
-            raise UserError(f"{key}={value} is not known{hint} Known: {', '.join(known)}.")
+            own = "" if near else f" One of your own is a file {key}/{value}.yaml in the folder that --config-dir names."
+            raise UserError(f"{key}={value} is not known{hint} Known: {', '.join(known)}.{own}")
     if key == "study" and "," in typed:
         raise UserError(f"{argument} names several studies; run them one after the other.")
     if key == "study" and not argument.startswith("+"):

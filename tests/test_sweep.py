@@ -274,6 +274,7 @@ def test_a_study_without_m_is_not_taken_for_its_first_row(sweep, small):
         (["stage1=5"], ["stage1=5 is a group of settings", "stage1.lr"]),
         (["stage1_tokens=[5"], ["'[5'", "--help"]),
         (["+study=mixr"], ["study=mixr is not known", "did you mean +study=mixer?"]),
+        (["study=p"], ["study=p is not known", "study/p.yaml in the folder that --config-dir names"]),
         (["study=mixer"], ["study=mixer needs a plus", "+study=mixer"]),
         (["+study=mixer,split"], ["several studies", "one after the other"]),
         (["+study=mixer", "row=hedgehog,hedgehg"], ["row=hedgehg is not in this study", "did you mean hedgehog?"]),
