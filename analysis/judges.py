@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from analysis import paper
-from analysis.places import Cells, Place
-from analysis.rows import Record, human
+from analysis.places import Cells, Place, unlike
+from analysis.rows import TEACHER, Record, human
 from analysis.stats import LEVEL, Difference, accuracy_difference, difference, holm
 
 SCALES = ("pythia160m", "pythia410m", "pythia1b")
@@ -55,11 +55,11 @@ class Case:
     paths: dict[str, None] = field(default_factory=dict)
 
     def compare(self, a: Cells, b: Cells, remark: str = "", control: bool = False) -> Difference | None:
-        """ln ppl(a) - ln ppl(b), with a line of evidence."""
+        """ln ppl(a) - ln ppl(b), with a line of evidence that also says in which settings they differ."""
         found = difference(a.records, b.records, self.root)
         self.paths.update(dict.fromkeys(r["path"] for r in [*a.records, *b.records]))
         line = f"{a.name} {a.ppl:.4g} against {b.name} {b.ppl:.4g}: " + (found.percent if found else "no seed in common")
-        (self.controls if control else self.evidence).append(f"{line}; {remark}" if remark else line)
+        (self.controls if control else self.evidence).append("; ".join(filter(None, (line, remark, unlike(a, b)))))
         return found
 
     def finding(self, verdict: str, why: str, study: str = "", seeds: Sequence[Cells] = ()) -> Finding:
@@ -99,7 +99,8 @@ def closeness(places: Sequence[Place], root: str) -> Iterator[Finding]:
         elif len(gaps) == 2 and all(g and g.high <= CLOSE for g in gaps.values()):
             yield case.finding(REPRODUCED, "the student is within 3.7% of the teacher and of the adapted teacher")
         else:
-            why = "the intervals reach across 3.7%" if len(gaps) == 2 else "the adapted teacher, the control of domain adaptation, was not run"
+            why = ("the adapted teacher, the control of domain adaptation, was not run" if len(gaps) < 2 else
+                   "the intervals reach across 3.7%" if all(gaps.values()) else f"no seed in common with {next(n for n, g in gaps.items() if not g)}")
             yield case.finding(UNDECIDED, why, "+study=main", [student])
 
 
@@ -124,8 +125,8 @@ def _controls(case: Case, split: str) -> dict[str, Difference | None]:
         if (first := full or gate) is None:
             continue
         plain, wide = _baselines(place, at, first)
-        if gate and plain:
-            found["the gate alone is not ahead of Hedgehog"] = case.compare(gate, plain, control=True)
+        if plain and (pair := place.matched(("gate", at), ("hedgehog", at))):
+            found["the gate alone is not ahead of Hedgehog"] = case.compare(*pair, control=True)
         for ahead in (gate, full):
             if ahead and wide:
                 found[f"{ahead.name} is not ahead of a Hedgehog with as many parameters"] = case.compare(ahead, wide, control=True)
@@ -141,13 +142,13 @@ def _ahead(place: Place, root: str) -> Finding | None:
         pair = place.matched(("hedgemamba", split), ("hedgehog", split))
         if pair is None:
             continue
-        student, _, remark = pair
+        student, _ = pair
         baseline, wide = _baselines(place, split, student)
         if baseline is None:
             continue
         students.append(student)
-        pairs.append((split, case.compare(student, baseline, remark)))
-        if (teacher := place.teacher()) and baseline.ppl > teacher.ppl:
+        pairs.append((split, case.compare(student, baseline)))
+        if (teacher := place.teacher()) and math.inf > baseline.ppl > teacher.ppl and student.ppl < math.inf:
             case.evidence.append(f"{(baseline.ppl - student.ppl) / (baseline.ppl - teacher.ppl):.0%} of Hedgehog's gap to the teacher "
                                  f"closed at {split} (paper: 76%, at different splits)")
         for control in filter(None, (wide, place.best("gate", split))):
@@ -208,12 +209,9 @@ def parts(places: Sequence[Place], root: str) -> Iterator[Finding]:
         if split is None or not {"ssm", "ssm_conv"} & set(run[split]):
             continue
         case, cells = Case(place, root), {m: place.best(m, split) for m in ladder}
-        full, base = cells["hedgemamba"], cells["hedgehog"]
-        if full and base:
-            cells["hedgehog"] = _baselines(place, split, full)[0] or base
         pairs = {"ssm": ("ssm", "hedgehog"), "ssm_conv": ("ssm_conv", "hedgehog"), "gate": ("hedgemamba", "ssm_conv")}
-        found = {k: case.compare(cells[a], cells[b], _own(place, a, b, split)) if cells[a] and cells[b] else None  # type: ignore[arg-type]
-                 for k, (a, b) in pairs.items()}
+        matched = {k: place.matched((a, split), (b, split)) for k, (a, b) in pairs.items()}
+        found = {k: case.compare(*pair) if pair else None for k, pair in matched.items()}
         controls = _controls(case, split)
         wrong = [f"{m} alone is ahead by 1% or more" for m in ("ssm", "ssm_conv") if (d := found[m]) and d.high < -SMALLEST]
         wrong += ["the gate's advantage of 1% is excluded"] if (d := found["gate"]) and excluded(d) else []
@@ -231,15 +229,10 @@ def parts(places: Sequence[Place], root: str) -> Iterator[Finding]:
             yield case.finding(UNDECIDED, why, "+study=mixer", [c for c in cells.values() if c])
 
 
-def _own(place: Place, a: str, b: str, split: str) -> str:
-    pair = place.matched((a, split), (b, split))
-    return pair[2] if pair else ""
-
-
 def splits(places: Sequence[Place], root: str) -> Iterator[Finding]:
     """C5."""
     for place in places:
-        others = [s for s in place.splits if s != "10/90" and _stage1(s) not in range(1, 50) and place.best("hedgemamba", s)]
+        others = [s for s in place.splits if s != "10/90" and not 0 < _stage1(s) < 50 and place.best("hedgemamba", s)]
         light = place.best("hedgemamba", "10/90")
         if light is None or not others:
             continue
@@ -264,8 +257,8 @@ def splits(places: Sequence[Place], root: str) -> Iterator[Finding]:
             yield case.finding(UNDECIDED, why, "+study=split", [light])
 
 
-def _stage1(split: str) -> int:
-    return round(float(split.partition("/")[0]))
+def _stage1(split: str) -> float:
+    return float(split.partition("/")[0])
 
 
 def budgets(places: Sequence[Place], root: str) -> Iterator[Finding]:
@@ -313,7 +306,7 @@ def sizes(places: Sequence[Place], root: str) -> Iterator[Finding]:
     last: dict[str, Place] = {}
     for place in places:
         if finding := _ahead(place, root):
-            teacher = str(place.yard[0].get("settings.teacher"))
+            teacher = str(place.yard[0].get(TEACHER) or place.yard[0].get("settings.teacher"))
             largest[teacher], last[teacher] = finding, place
     if not largest:
         return
@@ -337,7 +330,8 @@ def sizes(places: Sequence[Place], root: str) -> Iterator[Finding]:
 def downstream(places: Sequence[Place], root: str) -> Iterator[Finding]:
     """C8."""
     for place in places:
-        student = next((c for split in LIGHT if (c := place.best("hedgemamba", split)) and _tasks(c)), None)
+        asked = (c for split in LIGHT for c in sorted(place.variants("hedgemamba", split), key=lambda c: (c.seeds < 2, c.ppl)) if _tasks(c))
+        student = next(asked, None)
         if student is None:
             continue
         case, split, teacher = Case(place, root), student.name.split()[-1], place.teacher()

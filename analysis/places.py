@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from analysis.rows import (
+    TEACHER,
     TEACHERS,
     TOKENS,
     YARDSTICK,
@@ -47,6 +48,19 @@ class Cells:
     @property
     def seeds(self) -> int:
         return len(self.records)
+
+
+def _best(found: list[Cells]) -> Cells:
+    return min(found, key=lambda c: (c.seeds < 2, c.ppl))
+
+
+def unlike(a: Cells, b: Cells) -> str:
+    """In which settings two cells of students differ that may be compared, apart from their mixers and tokens; "" if in none."""
+    if {recipe_of(r) for r in [*a.records, *b.records]} != {"two_stage"}:
+        return ""
+    varied = sorted(k for k in {*a.settings, *b.settings} if a.settings.get(k) != b.settings.get(k))
+    shown = ", ".join(f"{k.removeprefix('settings.')} {a.settings.get(k, 'null')} / {b.settings.get(k, 'null')}" for k in varied)
+    return shown and f"each at its own settings: {shown}"
 
 
 @dataclass
@@ -108,25 +122,20 @@ class Place:
         return [*found, *{a.records[0]["path"]: a for a in adapted}.values()]
 
     def best(self, mixer: str, split: str, recipe: str = "two_stage") -> Cells | None:
-        """Of its variants, the one with the lowest perplexity."""
-        return min(self.variants(mixer, split, recipe), key=lambda c: c.ppl, default=None)
+        """Of its variants, the one with the lowest perplexity; one of a single seed only if all are."""
+        found = self.variants(mixer, split, recipe)
+        return _best(found) if found else None
 
-    def matched(self, one: tuple[str, str], other: tuple[str, str]) -> tuple[Cells, Cells, str] | None:
-        """A cell of each (mixer, split) with the same settings (of several such, most seeds, then lowest perplexity).
-
-        If no two have the same settings, each at its best; the text then says in what they differ.
-        """
+    def matched(self, one: tuple[str, str], other: tuple[str, str]) -> tuple[Cells, Cells] | None:
+        """A cell of each (mixer, split) with the same settings (of several such, most seeds, then lowest perplexity); if no
+        two have the same settings, each at its best."""
         first, second = self.variants(*one), self.variants(*other)
         if not first or not second:
             return None
         same = [(a, b) for a in first for b in second if a.settings == b.settings]
         if same:
-            a, b = min(same, key=lambda p: (-min(p[0].seeds, p[1].seeds), p[0].ppl + p[1].ppl))
-            return a, b, ""
-        a, b = (min(found, key=lambda c: c.ppl) for found in (first, second))
-        varied = sorted(k for k in {*a.settings, *b.settings} if a.settings.get(k) != b.settings.get(k))
-        shown = ", ".join(f"{k.removeprefix('settings.')} {a.settings.get(k, 'null')} / {b.settings.get(k, 'null')}" for k in varied)
-        return a, b, f"each at its own settings: {shown}"
+            return min(same, key=lambda p: (-min(p[0].seeds, p[1].seeds), p[0].ppl + p[1].ppl))
+        return _best(first), _best(second)
 
     def teacher(self) -> Cells | None:
         """The untouched teacher."""
@@ -174,6 +183,6 @@ def places(records: list[Record]) -> list[Place]:
     for same in seen.values():
         for place in same if len(same) > 1 else ():
             first = place.yard[0]
-            parts = (text(first.get(n, "null"))[: 8 if n == TOKENS else None] for n in YARDSTICK[1:])
+            parts = (text(first.get(n, "null"))[: 8 if n in (TEACHER, TOKENS) else None] for n in YARDSTICK[1:])
             place.label += f" ({', '.join(p for p in parts if p != 'null')})"
     return made

@@ -24,9 +24,9 @@ STUDIES = Path(__file__).parent.parent / "sweeps" / "study"
 PARTS = ("ssm", "conv", "gate")
 MIXERS = {"hedgehog": "", "ssm": "+ssm", "ssm_conv": "+ssm+conv", "hedgemamba": "+ssm+conv+gate", "gate": "+gate"}
 TEACHERS = ("teacher", "adapted_teacher")
-TOKENS = "provenance.artifacts.tokens"
-# What two perplexities must share to be compared; of texts the content under the teacher's tokenizer, whatever their names.
-YARDSTICK = (*(f"settings.{s}" for s in ("teacher", "data", "validation", "seq_len", "eval.sequences")), TOKENS)
+TEACHER, TOKENS = "provenance.teacher", "provenance.artifacts.tokens"
+# What two perplexities must share to be compared; of teachers and texts (under its tokenizer) also the content, whatever their names.
+YARDSTICK = (*(f"settings.{s}" for s in ("teacher", "data", "validation", "seq_len", "eval.sequences")), TEACHER, TOKENS)
 # Settings that say how or where a cell is run or what else is measured, not what is trained.
 OPERATIONAL = {f"settings.{s}" for s in (
     "seed", "study", "row", "scale", "force", "device", "scan", "compile", "parallel", "checkpoint_every", "log_every", "export",
@@ -55,8 +55,8 @@ def recipe_of(record: Record) -> str:
 def mixer_of(record: Record) -> str:
     """The mixer's name, after the parts that were switched on or off on their own."""
     mixer = str(record.get("settings.mixer", "?"))
-    if mixer not in MIXERS:
-        return mixer
+    if mixer not in MIXERS:  # one that is not a sum of parts, or has more: its name, and the parts that it has
+        return "+".join([mixer, *(p for p in PARTS if mixer != "mamba" and record.get(f"settings.{p}"))])
     on = "".join(f"+{p}" for p in PARTS if record.get(f"settings.{p}", f"+{p}" in MIXERS[mixer]))
     return next((name for name, parts in MIXERS.items() if parts == on), f"hedgehog{on}")
 
@@ -67,7 +67,10 @@ def split_of(record: Record) -> str:
     if not isinstance(one, int | float) or not isinstance(two, int | float) or one + two <= 0:
         return "?/?"
     percent = 100 * one / (one + two)
-    return f"{round(percent, 1):g}/{round(100 - percent, 1):g}"
+    shown, rest = round(percent, 1), round(100 - percent, 1)
+    if one and two and not (shown and rest):  # so little that it would look like none
+        return f"{percent:.1g}/{100 - percent:.6g}" if not shown else f"{percent:.6g}/{100 - percent:.1g}"
+    return f"{shown:g}/{rest:g}"
 
 
 def number(record: Record, name: str) -> float | None:
@@ -154,10 +157,10 @@ def groups(records: list[Record], study: str) -> dict[str, list[Record]]:
         said = {labels[i]: key[i] for i in varied if key[i] not in ("", "null")}
         if said.get("scale") == said.get("teacher"):
             said.pop("scale", None)
-        content = said.pop(TOKENS, "")
+        content = {what: said.pop(name, "") for what, name in (("teacher", TEACHER), ("tokens", TOKENS))}
         parts = [value if label in ("teacher", "scale") else f"{label} {value}" for label, value in said.items()]
-        if ", ".join(parts) in named:  # texts of one name
-            parts.append(f"tokens {content[:8]}")
+        if ", ".join(parts) in named:  # teachers or texts of one name
+            parts += [f"{what} {key[:8]}" for what, key in content.items() if key]
         named.setdefault(", ".join(parts), []).extend(members)
     return named
 
@@ -274,10 +277,11 @@ def agreeing(name: str, records: list[Record], notes: list[str]) -> list[Record]
     """
     ppls = {r.get("metrics.ppl.value") for r in records}
     if {recipe_of(r) for r in records} == {"teacher"} and len(ppls) == 1:
-        return [_together(sorted(records, key=lambda r: (-r.get("settings.seed", 0), natural(r["path"]))))]
+        return [_together(sorted(records, key=lambda r: (-(number(r, "settings.seed") or 0), natural(r["path"]))))]
     by_seed: dict[str, dict[str, list[Record]]] = {}
     for r in sorted(records, key=lambda r: (str(r.get("provenance.started", "")), natural(r["path"]))):
-        student = str(r.get("provenance.artifacts.student") or r["key"])
+        untouched = r.get(TEACHER) if recipe_of(r) == "teacher" else None  # the same whenever and wherever it is measured
+        student = str(r.get("provenance.artifacts.student") or untouched or r["key"])
         by_seed.setdefault(text(r.get("settings.seed", "null")), {}).setdefault(student, []).append(r)
     taken = []
     for seed, by_student in sorted(by_seed.items(), key=lambda pair: natural(pair[0])):
@@ -322,11 +326,15 @@ def _extent(values: Record) -> tuple[bool, float, int]:
 
 
 def same_items(task: str, *groups: list[Record]) -> list[list[Record]]:
-    """Of each group the records in which the task had as many items as in all others, of several numbers the largest."""
-    counts = [{number(r, f"metrics.{task}.n") for r in group} for group in groups]
-    shared = set.intersection(*counts)
-    most = max(shared, key=lambda n: n or 0, default=None)
-    return [[r for r in group if shared and number(r, f"metrics.{task}.n") == most] for group in groups]
+    """Of each group the records in which the task had the items of all others (as many, of the same version of the task), of
+    several such the most."""
+
+    def asked(record: Record) -> tuple[float, str]:
+        return number(record, f"metrics.{task}.n") or 0, text(record.get(f"metrics.{task}.version", "null"))
+
+    shared = set.intersection(*({asked(r) for r in group} for group in groups))
+    most = max(shared, default=None)
+    return [[r for r in group if asked(r) == most] for group in groups]
 
 
 def commands_of(record: Record) -> list[str]:

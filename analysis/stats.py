@@ -4,8 +4,7 @@ Two kinds of chance move a difference: other seeds, and other validation text. W
 depends on what the records hold, and `how` says it:
 
 - two seeds or more in common: the seeds' differences, each between two cells with the same seed (Student's t). With
-  the loss of every validation sequence beside the records, the sequences' own paired error is added, in which
-  neighbours count as alike as they are (they can be parts of one document).
+  the loss of every validation sequence beside the records, the sequences' own paired error is added.
 - one seed: the paired differences of the validation sequences, or without them both records' standard errors, which
   is wider, since the sequences are the same. What another seed would give is unknown then, so the interval is widened
   by SEED_MARGIN on either side.
@@ -32,6 +31,7 @@ SEED_POINTS = 1.0
 """Points of accuracy in one task by which seeds of one cell may differ by chance; of a mean over tasks the root of their number less."""
 
 LEVEL = 0.05
+BATCHES = 10
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ def difference(a: Sequence[Record], b: Sequence[Record], root: str | Path) -> Di
 
 
 def accuracy_difference(a: Sequence[Record], b: Sequence[Record], tasks: Sequence[str]) -> Difference | None:
-    """Mean over `tasks` of accuracy(a) - accuracy(b), in points, each the mean over seeds that answered as many items.
+    """Mean over `tasks` of accuracy(a) - accuracy(b), in points, over the seeds that answered the same items of all of them.
 
-    The error is the harness's (over items) and, from two seeds in common on, that of the seeds; else SEED_POINTS are
-    added for chance. None if a task is missing in one of them, or its standard error, or was asked with other items.
+    The error is the harness's (over items) and, from two seeds in common on, that of the seeds; of fewer the value is the
+    mean over all records, and SEED_POINTS are added for chance. None if a task is missing in one of them, or its standard
+    error, or was asked with other items.
     """
     values, variances = [], []
-    by_seed: list[list[float]] = []
+    by_seed: list[dict[str, float]] = []
     for task in tasks:
         asked = [[r for r in records if f"metrics.{task}.value" in r and f"metrics.{task}.stderr" in r] for records in (a, b)]
         asked = same_items(task, *asked)
@@ -98,13 +99,14 @@ def accuracy_difference(a: Sequence[Record], b: Sequence[Record], tasks: Sequenc
         x, y = (float(np.mean([r[f"metrics.{task}.value"] for r in records])) for records in asked)
         values.append(x - y)
         variances += [float(np.mean([r[f"metrics.{task}.stderr"] ** 2 for r in records])) for records in asked]
-        by_seed.append([p[f"metrics.{task}.value"] - q[f"metrics.{task}.value"] for p, q in _paired(*asked)])
+        by_seed.append({_seed(p if _seeded(p) else q): p[f"metrics.{task}.value"] - q[f"metrics.{task}.value"] for p, q in _paired(*asked)})
     items = (math.sqrt(sum(variances)) / len(tasks), math.inf)
-    seeds = min(map(len, by_seed))
-    if seeds > 1 and len({len(found) for found in by_seed}) == 1:
-        each = np.mean(by_seed, axis=0).tolist()
-        return _interval(float(np.mean(each)), [items, _part(each)], 0.0, f"standard errors of the harness and of {seeds} seeds")
-    return _interval(float(np.mean(values)), [items], SEED_POINTS / math.sqrt(len(tasks)), "standard errors of the harness, one seed")
+    seeds = set.intersection(*map(set, by_seed))
+    if len(seeds) > 1:
+        each = [float(np.mean([found[seed] for found in by_seed])) for seed in seeds]
+        return _interval(float(np.mean(each)), [items, _part(each)], 0.0, f"standard errors of the harness and of {len(seeds)} seeds")
+    return _interval(float(np.mean(values)), [items], SEED_POINTS / math.sqrt(len(tasks)),
+                     f"standard errors of the harness, {'one seed' if seeds else 'no seed in common'}")
 
 
 def holm(differences: Sequence[Difference]) -> list[float]:
@@ -136,14 +138,20 @@ class StudentT:
 
 
 def _paired(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Record]]:
-    untouched = {recipe: records for recipe, records in (("a", a), ("b", b))
-                 if records and all(r.get("settings.recipe") == "teacher" for r in records)}
-    if "b" in untouched:
+    if b and not any(map(_seeded, b)):
         return [(x, b[0]) for x in a]
-    if "a" in untouched:
+    if a and not any(map(_seeded, a)):
         return [(a[0], y) for y in b]
-    seeds = {text(r.get("settings.seed", "null")): r for r in b}
-    return [(x, seeds[seed]) for x in a if (seed := text(x.get("settings.seed", "null"))) in seeds]
+    seeds = {_seed(r): r for r in b}
+    return [(x, seeds[_seed(x)]) for x in a if _seed(x) in seeds]
+
+
+def _seeded(record: Record) -> bool:
+    return record.get("settings.recipe") != "teacher"
+
+
+def _seed(record: Record) -> str:
+    return text(record.get("settings.seed", "null"))
 
 
 def _sequences(pairs: Sequence[tuple[Record, Record]], root: str | Path) -> list[float] | None:
@@ -177,13 +185,11 @@ def _part(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _serial_part(values: Sequence[float]) -> tuple[float, float]:
-    """`_part` of values in the order of the text, with the covariance of neighbours (Newey and West, Econometrica 55,
-    1987); never less than without it."""
-    x, n = np.asarray(values) - np.mean(values), len(values)
-    lags = int(4 * (n / 100) ** (2 / 9))
-    near = sum(2 * (1 - lag / (lags + 1)) * float(x[lag:] @ x[:-lag]) for lag in range(1, min(lags, n - 1) + 1))
-    error, freedom = _part(values)
-    return math.sqrt(max(error**2, error**2 + near / (n * (n - 1)))), freedom
+    """`_part` of values in the order of the text, of which neighbours can be alike (parts of one document): that of the
+    means of BATCHES stretches, which hardly are."""
+    if len(values) < 2 * BATCHES:
+        return _part(values)
+    return _part([float(stretch.mean()) for stretch in np.array_split(values, BATCHES)])
 
 
 def _interval(value: float, parts: Sequence[tuple[float, float]], margin: float, how: str) -> Difference:

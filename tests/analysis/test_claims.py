@@ -9,6 +9,7 @@ import pytest
 from analysis import claims, paper
 from analysis.claims import RULES, judge
 from analysis.load import load_records
+from analysis.rows import split_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"hedgehog": {}, "ssm": {"ssm"}, "ssm_conv": {"ssm", "conv"}, "hedgemamba": {"ssm", "conv", "gate"}, "gate": {"gate"}}
@@ -22,10 +23,10 @@ def lab(runs):
         def cell(self, mixer, ppl, split=10, recipe="two_stage", seeds=3, study="main", **more):
             parts = {p: p in PARTS.get(mixer, ()) for p in ("ssm", "conv", "gate")}
             budget, params = more.pop("total", 1000), more.pop("params", 7_350_000 if "gate" in PARTS.get(mixer, ()) else 6_900_000)
-            one = budget * split // 100
+            one, record = budget * split // 100, {"params": {"total": params}, **more.pop("record", {})}
             for seed in range(seeds):
                 runs.add(study, f"{recipe} {mixer} {split} {more}", ppl * (1 + 0.001 * (seed - 1)), seed=seed, mixer=mixer, recipe=recipe,
-                         one=one, two=budget - one, record={"params": {"total": params}}, **parts, **more)
+                         one=one, two=budget - one, record=record, **parts, **more)
 
         def teacher(self, ppl=20.0, **more):
             runs.teacher("main", ppl, **more)
@@ -281,3 +282,72 @@ def test_the_reason_beside_a_verdict_is_that_of_its_place(lab):
     claim = lab.verdict("C3")
     assert [f.verdict for f in claim.findings] == ["not reproduced", "undecided"]
     assert (claim.verdict, claim.where, claim.why) == ("not reproduced", claim.findings[0].where, claim.findings[0].why)
+
+
+def test_a_teacher_measured_twice_is_one_teacher(lab):
+    for ppl in (20.0, 20.0000002):
+        lab.teacher(ppl, record={"provenance": {"teacher": "t"}})
+    lab.cell("hedgemamba", 20.2, record={"provenance": {"teacher": "t"}})
+    assert "+1%" in said(lab.verdict("C1"))[1]
+    assert "not measured" not in said(lab.verdict("C1"))[0]
+
+
+def test_two_teachers_of_one_name_are_two_places_and_one_of_two_names_is_one(lab, runs):
+    for name, origin in (("/a/hf", "first"), ("/b/hf", "second")):
+        for mixer, ppl in (("hedgemamba", 22.0), ("hedgehog", 24.0)):
+            lab.cell(mixer, ppl, teacher=name, record={"provenance": {"teacher": origin}})
+    assert [f.where for f in lab.verdict("C2").findings] == [f"hf, 1k tokens (docstrings, 256, 200, {origin})" for origin in ("first", "second")]
+    assert lab.verdict("C7").findings[0].why.startswith("2 of three teachers")
+    for path in Path(runs.root).glob("main/*/record.json"):
+        if '"second"' in (record := path.read_text()):  # the first teacher on another text
+            path.write_text(record.replace('"second"', '"first"').replace('"docstrings"', '"other"'))
+    assert lab.verdict("C7").findings[0].why.startswith("1 of three teachers")
+
+
+def test_the_ladder_is_compared_at_shared_settings_and_says_where_it_is_not(lab):
+    for mixer, ppl in (("hedgehog", 31.0), ("ssm", 31.0), ("ssm_conv", 31.0), ("hedgemamba", 30.0)):
+        lab.cell(mixer, ppl, split=50, study="mixer", stage2={"lr": 1e-3})
+    before = said(lab.verdict("C4"))
+    assert lab.verdict("C4").verdict == "reproduced"
+    for mixer, ppl in (("ssm", 30.2), ("ssm_conv", 30.2), ("hedgemamba", 29.2)):
+        lab.cell(mixer, ppl, split=50, study="mixer", stage2={"lr": 3e-3})
+    assert lab.verdict("C4").verdict == "reproduced"
+    assert said(lab.verdict("C4"))[0] == before[0]
+    lab.cell("gate", 29.0, split=50, study="mixer", stage2={"lr": 5e-3})
+    assert "gate 50/50 29 against hedgehog 50/50 31" in said(lab.verdict("C4"))[1]
+    assert "each at its own settings: stage2.lr 0.005 / 0.001" in said(lab.verdict("C4"))[1]
+
+
+def test_one_seed_of_a_variant_displaces_no_cell_of_several(lab, runs):
+    lab.teacher(20.0, metrics=runs.tasks(50))
+    lab.cell("hedgemamba", 20.4, metrics=runs.tasks(50))
+    lab.cell("hedgehog", 21.0, metrics=runs.tasks(49))
+    before = {claim: lab.verdict(claim).verdict for claim in ("C1", "C8")}
+    lab.cell("hedgemamba", 20.37, seeds=1, study="controls", feature_map={"per_head": True})
+    assert {claim: lab.verdict(claim).verdict for claim in before} == before
+    assert "its cells were not run" not in said(lab.verdict("C8"))[0]
+
+
+@pytest.mark.parametrize(("one", "two", "split"), [(0, 1000, "0/100"), (1000, 0, "100/0"), (4, 996, "0.4/99.6"), (4, 99_996, "0.004/99.996"),
+                                                   (99_996, 4, "99.996/0.004"), (496, 504, "49.6/50.4")])
+def test_next_to_nothing_is_not_nothing(one, two, split):
+    assert split_of({"settings.stage1_tokens": one, "settings.stage2_tokens": two}) == split
+
+
+def test_a_split_with_next_to_no_stage_1_is_light_too(lab, runs):
+    for split, ppl in ((10, 30.0), (0, 35.0), (50, 32.0), (100, 50.0)):
+        lab.cell("hedgemamba", ppl, split=split)
+    assert lab.verdict("C5").verdict == "reproduced"
+    for seed in range(3):
+        runs.add("split", None, 29.9 + seed / 100, seed=seed, one=4, two=996, ssm=True, conv=True, gate=True)
+    assert lab.verdict("C5").verdict == "reproduced"
+    assert "0.4/99.6" in said(lab.verdict("C5"))[1]
+
+
+def test_switches_of_a_mixer_that_is_no_sum_of_parts_make_other_cells(lab, runs):
+    lab.cell("hedgemamba", 30.0)
+    lab.cell("hedgehog", 33.0)
+    for seed, (gate, ppl) in enumerate(((True, 30.0), (False, 40.0))):
+        runs.add("controls", None, ppl, seed=seed, mixer="hedgehog_bypass", one=100, two=900, ssm=False, conv=False, gate=gate)
+    (line,) = [line for line in said(lab.verdict("C2"))[1].splitlines() if "hedgehog_bypass" in line]
+    assert "hedgehog_bypass 10/90 40:" in line
