@@ -19,7 +19,6 @@ PAIRS = (4, 16, 64)
 _ASKED, _WORTH, _LENGTHS = "recall, agreement with the teacher, generated text", "change of perplexity without a part", "perplexity at other lengths"
 COLUMNS = [
     *[Column(f"recall_{pairs}", f"recall,\n{pairs} pairs", "acc", "up", _ASKED) for pairs in PAIRS],
-    Column("needle", "needle", "acc", "up", _ASKED),
     Column("agreement_top1", "top-1\nagreement", "acc", "up", _ASKED),
     Column("agreement_kl", "KL,\nnats", "nats", "down", _ASKED),
     Column("repetition", "repetition\n%", "acc", "", _ASKED),
@@ -27,7 +26,7 @@ COLUMNS = [
     *[Column(f"without_{part}", f"without\n{name}", "points", "", _WORTH) for part, name in zip(PARTS, ("SSM", "conv", "gate"), strict=True)],
 ]
 """Of tables, beside those of `length_columns`."""
-_NAMES = tuple({"ppl_at_", *(column.key for column in COLUMNS)})
+_NAMES = tuple({"ppl_at_", "needle_", *(column.key for column in COLUMNS)})
 """What the keys of these columns begin with."""
 Point = tuple[float, float | None]
 """A value and its standard error."""
@@ -35,7 +34,7 @@ Point = tuple[float, float | None]
 
 def abilities(records: list[Record]) -> dict[str, Point]:
     """Means over the records (seeds of one row): those of SINGLE, "ppl_at_<length>", "without_<part>" (the change of
-    perplexity), "recall_<pairs>" at the longest length that was asked, and "needle" there.
+    perplexity), "recall_<pairs>" at the longest length that was asked, and "needle_<length>".
 
     All seeds answer the same questions, so the error is that of the questions: the root mean square over the seeds.
     """
@@ -50,8 +49,7 @@ def abilities(records: list[Record]) -> dict[str, Point]:
                 own[f"without_{part}"] = change, None
         own |= {f"ppl_at_{length}": point for length, point in at_lengths(r).items()}
         own |= {f"recall_{pairs}": point for pairs, point in recall(r).items()}
-        for _, point in sorted(needle(r).items()):
-            own["needle"] = point
+        own |= {f"needle_{length}": point for length, point in needle(r).items()}
         for name, point in own.items():
             found.setdefault(name, []).append(point)
     return {name: mean(points) for name, points in found.items()}
@@ -101,9 +99,13 @@ def compared(rows: Sequence[Row]) -> None:
 
 
 def length_columns(keys: Iterable[str]) -> list[Column]:
-    """A column for each "ppl_at_<length>" among the keys."""
-    lengths = sorted(int(key.removeprefix("ppl_at_")) for key in keys if key.startswith("ppl_at_"))
-    return [Column(f"ppl_at_{n}", f"ppl at\n{n}", "ppl", "down", _LENGTHS) for n in lengths]
+    """A column for each "needle_<length>" and "ppl_at_<length>" among the keys."""
+    kinds = {"needle_": ("needle\nin", "acc", "up", _ASKED), "ppl_at_": ("ppl at\n", "ppl", "down", _LENGTHS)}
+    found = []
+    for kind, (title, unit, better, block) in kinds.items():
+        lengths = sorted(int(key.removeprefix(kind)) for key in set(keys) if key.startswith(kind))
+        found += [Column(f"{kind}{n}", f"{title} {n}".replace("\n ", "\n"), unit, better, block) for n in lengths]
+    return found
 
 
 def notes(keys: Collection[str]) -> list[str]:
@@ -111,10 +113,11 @@ def notes(keys: Collection[str]) -> list[str]:
     found = []
     if pairs := [p for p in PAIRS if f"recall_{p}" in keys]:
         chance = ", ".join(number_text(100 / p, "acc") for p in pairs)
+        known = ", ".join(number_text(100 * sum(1 / i for i in range(1, p + 1)) / p, "acc") for p in pairs)
         found.append("recall: share of the values of so many pairs of random tokens that are named again, among these values, in sequences of the "
-                     f"longest length that was asked; by chance {chance}. ± of these columns: standard error over the sequences.")
-    if "needle" in keys:
-        found.append("needle: share of numbers in a long text that are named again, at the longest length, the mean over depths.")
+                     f"longest length that was asked; by chance {chance}, and {known} by knowing which were named already and no pairs. ± of these columns: standard error over the sequences.")
+    if any(key.startswith("needle_") for key in keys):
+        found.append("needle: share of numbers in a text of so many tokens that are named again, the mean over depths.")
     if {"agreement_top1", "agreement_kl"} & set(keys):
         found.append("Agreement: share of positions of held-out text whose most likely token is the teacher's, and KL(teacher || model) per token.")
     if {"repetition", "teacher_nll"} & set(keys):

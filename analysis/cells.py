@@ -77,7 +77,7 @@ def _accuracies(records: list[Record], teachers: list[Record]) -> dict[str, Cell
         if values := values_of(answered, task):
             errors = [r[f"metrics.{task}.stderr"] for r in answered if f"metrics.{task}.stderr" in r]
             spread = math.sqrt(statistics.fmean(e * e for e in errors)) if errors else None
-            cells[task] = Cell(statistics.fmean(values), spread)
+            cells[task] = Cell(statistics.fmean(values), spread, items=number(answered[0], f"metrics.{task}.n"))
             if reference:
                 cells[f"{task}_minus_teacher"] = Cell(statistics.fmean(values) - statistics.fmean(values_of(reference, task)))
     for suffix in ("", "_minus_teacher"):
@@ -85,7 +85,8 @@ def _accuracies(records: list[Record], teachers: list[Record]) -> dict[str, Cell
         if len(of_all) == len(paper.TASKS):
             errors = [c.spread for c in of_all if c.spread is not None]
             spread = math.sqrt(sum(e * e for e in errors)) / len(of_all) if len(errors) == len(of_all) else None
-            cells[f"mean_accuracy{suffix}"] = Cell(statistics.fmean(c.value for c in of_all), spread)  # type: ignore[misc]
+            items = sum(cells[task].items or 0 for task in paper.TASKS)
+            cells[f"mean_accuracy{suffix}"] = Cell(statistics.fmean(c.value for c in of_all), spread, items=items)  # type: ignore[misc]
     return cells
 
 

@@ -126,6 +126,10 @@ def table(name: str, caption: str, records: list[Record], notes: list[str]) -> T
         without = [label for label, recipe in recipes.items() if _ppls(recipe.records) and not recipe.gaps]
         if without:
             notes.append(f"No gap at {at} for {', '.join(without)}: no adapted teacher of this budget has a seed in common.")
+        fewer = [f"{label} {len(recipe.gaps)}" for label, recipe in recipes.items()
+                 if 0 < len(recipe.gaps) < len(_ppls(recipe.records)) and recipe_of(recipe.records[0]) != "teacher"]
+        if fewer:
+            notes.append(f"Gaps at {at} are over fewer seeds than perplexities, those that the adapted teacher has too: {', '.join(fewer)}.")
         if not any(recipe.left for recipe in recipes.values()):
             notes.append(f"Nothing is said to be left at {at}: there is no row named paper with a gap above 0.")
     abilities.compared(list(rows.values()))

@@ -38,7 +38,7 @@ class Column:
 class Cell:
     """`spread` follows the ±: standard deviation over seeds, or the standard error of one if `one_seed`.
 
-    `mark` is "best", "second" or "".
+    `mark` is "best", "second" or "". `items`: how many were asked, where a column's cells compare only on equally many.
     """
 
     value: float | Above
@@ -46,6 +46,7 @@ class Cell:
     one_seed: bool = False
     remark: str = ""
     mark: str = ""
+    items: float | None = None
 
 
 @dataclass
@@ -76,15 +77,18 @@ class Table:
 def mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> None:
     """Mark the best and second best student of each ranked column, each only if it is clear of the next.
 
-    Clear: further away than the error of the difference, the root of the sum of squares of what follows the ±.
+    Clear: further away than the error of the difference, the root of the sum of squares of what follows the ±; nothing is
+    where there is no ±.
     """
     for column in (c for c in columns if c.ranked):
         sign = -1 if column.better == "up" else 1
-        runners = [(sign * cell.value, cell.spread, row) for row in rows if row.ranked  # type: ignore[operator]
-                   if (cell := row.cells.get(column.key)) and cell.spread is not None]
+        runners = [(sign * cell.value, math.inf if cell.spread is None else cell.spread, row) for row in rows if row.ranked  # type: ignore[operator]
+                   if (cell := row.cells.get(column.key))]
+        if len({row.cells[column.key].items for _, _, row in runners}) > 1:
+            continue
         runners.sort(key=lambda runner: runner[0])
         for mark, (value, error, row), (following, its, _) in zip(("best", "second"), runners, runners[1:], strict=False):
-            if following - value <= math.hypot(error, its):  # type: ignore[arg-type]
+            if following - value <= math.hypot(error, its):
                 break
             row.cells[column.key] = replace(row.cells[column.key], mark=mark)
 

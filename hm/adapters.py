@@ -1,11 +1,11 @@
 """What conversion must know about an architecture: one small adapter each, found by the config's model type.
 
-A further architecture is one subclass of `Adapter` with `@register`; nothing else here or elsewhere names it.
+A further architecture is one subclass of `Adapter` with `@register`; what is refused by its type below is refused only without.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ _ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _ALIBI = {"bloom", "mpt"}
 _LEARNED_POSITIONS = {"gpt2", "gpt_neo", "gpt_bigcode", "opt", "biogpt", "openai-gpt", "bert", "roberta"}
-_QK_NORM = {"qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text", "cohere2"}
+_QK_NORM = {"qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text", "cohere2"}
 
 
 @dataclass(frozen=True)
 class AttentionShape:
     """The sizes of one attention layer: H `num_heads`, G `num_kv_heads`, d `head_dim`, D `hidden_size`.
 
-    `rotary_dim` of a head's d dimensions are rotated; `qkv_bias`, `out_bias`: which projections add one.
+    `rotary_dim` of a head's d dimensions are rotated; `qkv_bias`, `out_bias`: which projections add one. `qk_norm` is the
+    epsilon of an RMS norm over d that every head's query and key pass before they are rotated, or None.
     """
 
     hidden_size: int
@@ -35,6 +36,7 @@ class AttentionShape:
     rotary_dim: int
     qkv_bias: bool
     out_bias: bool
+    qk_norm: float | None = None
 
 
 class Adapter:
@@ -55,7 +57,7 @@ class Adapter:
 
         `q_weight` (H*d, D), `k_weight` and `v_weight` (G*d, D), `o_weight` (D, H*d), and `q_bias` (H*d,),
         `k_bias`, `v_bias` (G*d,), `o_bias` (D,) or None where there is none. Row h*d + i of a weight is
-        dimension i of head h.
+        dimension i of head h. With `shape.qk_norm` also `q_norm` and `k_norm` (d,), the norms' weights.
         """
         raise NotImplementedError
 
@@ -236,6 +238,21 @@ class LlamaLike(Adapter):
         return out
 
 
+@register
+class Qwen3(LlamaLike):
+    """Qwen3: Llama's attention with an RMS norm on every head's queries and keys, and biases on all projections or none."""
+
+    model_types = ("qwen3",)
+
+    def shape(self, config: PreTrainedConfig) -> AttentionShape:
+        bias = bool(config.attention_bias)
+        return replace(super().shape(config), qkv_bias=bias, out_bias=bias, qk_norm=config.rms_norm_eps)
+
+    def split(self, attention: Any, shape: AttentionShape) -> dict[str, Tensor | None]:
+        norms = {f"{n}_norm": getattr(attention, f"{n}_norm").weight.detach().clone() for n in "qk"}
+        return super().split(attention, shape) | norms
+
+
 def _projection(name: str, linear: Any) -> dict[str, Tensor | None]:
     bias = None if linear.bias is None else linear.bias.detach().clone()
     return {f"{name}_weight": linear.weight.detach().clone(), f"{name}_bias": bias}
@@ -247,7 +264,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _features_refused(config: PreTrainedConfig) -> Iterator[str]:
     """Why the config can't be converted, as predicates of "the architecture"; nothing if it can."""
-    kind = config.model_type
+    kind = "" if config.model_type in _ADAPTERS else config.model_type  # what has an adapter is not refused by its name
 
     def has(*names: str) -> bool:
         return any(getattr(config, name, None) for name in names)
@@ -273,10 +290,12 @@ def _features_refused(config: PreTrainedConfig) -> Iterator[str]:
     rope_type = _rope(config).get("rope_type", "default")
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         yield f"uses the rotary embedding '{rope_type}', which depends on the running sequence length"
-    elif kind in _ADAPTERS and rope_type not in _ROPE_TYPES:
+    elif not kind and rope_type not in _ROPE_TYPES:
         yield f"uses the unknown rotary embedding '{rope_type}'"
 
 
 def _refusal(config: PreTrainedConfig, reason: str) -> UserError:
+    if config.model_type == "hedgemamba":
+        return UserError("teacher: this is a converted student ('hedgemamba'); name the Transformer that it was made from.")
     return UserError(f"teacher: the architecture '{config.model_type}' {reason}; choose another teacher"
                      f" (model types with an adapter: {', '.join(supported())}).")

@@ -16,7 +16,7 @@ from hm.errors import UserError
 from hm.mixer import KINDS, Mixer, MixerSpec
 from hm.modeling import StudentConfig, StudentForCausalLM
 
-PROJECTIONS = {"qkv_proj": "projections", "o_proj": "projections"}
+PROJECTIONS = dict.fromkeys(("qkv_proj", "o_proj", "q_norm", "k_norm"), "projections")
 
 
 def convert(
@@ -117,7 +117,11 @@ def part_of(student: StudentForCausalLM, name: str) -> str:
         return "backbone"
     at = pieces.index(attention)
     kept = int(pieces[at - 1]) in student.config.keep_attention
-    return "attention" if kept else table.get(pieces[at + 1], "attention")
+    if kept:
+        return "attention"
+    if pieces[at + 1] not in table:
+        raise UserError(f"{name}: PARTS of the mixer {student.config.mixer['kind']!r} does not say what part {pieces[at + 1]!r} is; add it there.")
+    return table[pieces[at + 1]]
 
 
 def embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -18,20 +18,18 @@ from hm.files import disk_errors, weight_errors
 SHARD = "4GB"
 CARD = """---
 library_name: transformers
-tags: [hedgemamba, linear-attention, mamba]
+tags: [{tags}]
 ---
 # {cell}
 
 A {kind}, made from the Transformer `{teacher}` by hedgemamba, a harness for
 [Attention to Mamba](https://arxiv.org/abs/2604.14191) (cell `{key}`).
 
-    import hm  # hedgemamba's package, which makes the architecture known to Transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}    from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("this folder")
     tokenizer = AutoTokenizer.from_pretrained("this folder")  # pads on the left, as generate() needs it
 
-Parameters: {total:,}, of which {new:,} are not the teacher's. Training: {stage1:,} tokens of stage 1 and {stage2:,} of
-stage 2. The recipe is also in `config.json`.
+Parameters: {total:,}, of which {new:,} are not the teacher's. Training: {training}. The recipe is also in `config.json`.
 
 | metric | value | standard error |
 |---|---|---|
@@ -39,7 +37,7 @@ stage 2. The recipe is also in `config.json`.
 
 Perplexities are on the validation text of the recipe at its sequence length; accuracies are zero-shot, in percent.
 
-Made with commit {commit} by `{command}`. Settings:
+Made with commit {commit}{changes} by `{command}`. Settings:
 
 ```yaml
 {settings}```
@@ -54,9 +52,14 @@ def model_card(record: dict[str, Any]) -> str:
     kind = "fine-tuned Transformer" if settings["recipe"] == "adapted_teacher" else f"student with the mixer {settings['mixer']}"
     if settings["keep_attention"] and settings["recipe"] != "adapted_teacher":
         kind += f" (a hybrid: keep_attention={settings['keep_attention']})"
+    plain, tokens = settings["recipe"] == "adapted_teacher", record["tokens"]
     return CARD.format(
+        tags="" if plain else "hedgemamba, linear-attention, mamba",
+        imports="" if plain else "    import hm  # hedgemamba's package, which makes the architecture known to Transformers\n",
+        training=f"{tokens['stage2']:,} tokens" if plain else f"{tokens['stage1']:,} tokens of stage 1 and {tokens['stage2']:,} of stage 2",
+        changes=" with changes" if origin.get("git_dirty") else "",
         cell=record["cell"], key=record["key"], kind=kind, teacher=settings["teacher"], numbers="\n".join(numbers),
-        total=record["params"]["total"], new=record["params"]["new"], **record["tokens"],
+        total=record["params"]["total"], new=record["params"]["new"],
         commit=origin["git_commit"] or "unknown", command=origin["command"], settings=yaml.safe_dump(settings, sort_keys=False),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hm.evaluate import mean_of, token_losses
 
@@ -49,13 +49,18 @@ def score_generation(
 
 
 def go_on(model: PreTrainedModel, prompt: Tensor, count: int, sample: bool, precision: str) -> Tensor:
-    """prompt (b, n) -> (b, n + count); no token ends a continuation."""
+    """prompt (b, n) -> (b, n + count), greedy or sampled at temperature 1, whatever the model's generation_config.json says;
+    no token ends a continuation."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
-    with torch.autocast(prompt.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model.generate(  # type: ignore[operator]
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count,
-            do_sample=sample, eos_token_id=None, pad_token_id=0, **sampling,
-        )  # fmt: skip
+    try:
+        with torch.autocast(prompt.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model.generate(  # type: ignore[operator]
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count,
+                do_sample=sample, eos_token_id=None, pad_token_id=0, **sampling,
+            )  # fmt: skip
+    finally:
+        model.generation_config = own
 
 
 def repetition(tokens: Sequence[int]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 `Mixer` is linear attention with up to three parts of a selective state space model. Per head, at token t:
 
     u_t = conv(x)_t                      conv: causal, depthwise, width 4, on the layer input      (off: u = x)
-    q, k, v = rotary(W_qkv u_t)          copied from the teacher
+    q, k, v = rotary(norm(W_qkv u_t))    copied from the teacher, like the norms of q and k where it has them
     delta_t = softplus(W_up W_down u_t + b)   Lambda_t = exp(-delta_t A)      ssm                  (off: 1 and 1)
     h_t = Lambda_t h_{t-1} + delta_t phi(k_t) v_t^T        z_t = Lambda_t z_{t-1} + delta_t phi(k_t)
           decay=head: one delta_t and A per head; decay=channel: one delta_t per channel, one A per channel and state
@@ -166,6 +166,13 @@ class SelectiveDecay(nn.Module):
         return step_size(self.up, self.down(u)).unflatten(-1, self.steps_shape), Decay.apply(self.A)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm over each head, in float32. x: (..., d) -> (..., d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), tuple(self.normalized_shape), self.weight.float(), self.eps).to(x.dtype)
+
+
 class Gate(nn.Module):
     """silu(W_g x + b_g), which is 1 at the start. x: (B, L, D) -> (B, L, H * d)."""
 
@@ -271,6 +278,8 @@ class Mixer(BaseMixer):
     def __init__(self, spec: MixerSpec, layer_idx: int):
         super().__init__(spec, layer_idx)
         s = self.shape
+        self.q_norm = None if s.qk_norm is None else HeadNorm(s.head_dim, s.qk_norm)
+        self.k_norm = None if s.qk_norm is None else HeadNorm(s.head_dim, s.qk_norm)
         self.phi_q = self.FEATURE_MAP(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
         self.phi_k = self.FEATURE_MAP(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
         per_channel = (s.head_dim, self.phi_q.out_dim) if spec.decay == "channel" else None
@@ -284,11 +293,22 @@ class Mixer(BaseMixer):
             if part is not None:
                 part.reset_parameters()
 
+    @torch.no_grad()
+    def copy_attention(self, weights: dict[str, Tensor | None]) -> None:
+        super().copy_attention(weights)
+        for norm, name in ((self.q_norm, "q_norm"), (self.k_norm, "k_norm")):
+            weight = weights.get(name)
+            assert (norm is None) == (weight is None), "the adapter's shape and its parts differ on norms of q and k"
+            if norm is not None and weight is not None:
+                norm.weight.copy_(weight)
+
     def qkv(self, u: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """u: (B, L, D) -> q (B, L, H, d), k and v (B, L, G, d), rotated."""
         b, length, _ = u.shape
         q, k, v = self.qkv_proj(u).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k, v = (t.view(b, length, -1, self.shape.head_dim) for t in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
     def mix(self, x, rotary, state, keep):

@@ -142,7 +142,10 @@ def load_config(name: str) -> PreTrainedConfig:
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise _error(name, f"its config.json is not a valid {kind!r} config ({_first_line(error)}); fetch or"
                            " copy it again") from error
-    check_config(config)
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(str(error).replace("teacher:", f"teacher={name}:", 1)) from error
     return config
 
 

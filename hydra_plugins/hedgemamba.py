@@ -113,6 +113,7 @@ class PlanLauncher(Launcher):
         try:
             only_plan = bool(self.config.plan)
             planned = list(self.cells(job_overrides, OfflineInputs() if only_plan else Inputs()))
+            own_exports(planned)
             cells = {name: cell for name, cell, _ in planned}
             plan = make_plan(planned)
             print(describe(plan, None if only_plan else MOST_LINES), file=sys.stdout if only_plan else sys.stderr)
@@ -160,6 +161,18 @@ class PlanLauncher(Launcher):
             cell = Cell(settings, store, device=device, inputs=inputs)
             varied = [o for o in overrides if counts[o] < len(job_overrides) and not o.startswith("row=")]
             yield f"{cell.s.study}/{cell.name}{f' ({chr(32).join(varied)})' if varied else ''}", cell, resources
+
+
+def own_exports(planned: Sequence[tuple[str, Cell, dict]]) -> None:
+    """Refuse an export= that several cells would fill."""
+    folders: dict[str, list[str]] = {}
+    for name, cell, _ in planned:
+        if cell.s.export:
+            folders.setdefault(cell.s.export, []).append(name)
+    for folder, names in folders.items():
+        if len(names) > 1:
+            raise UserError(f"export={folder} is one folder for {len(names)} cells ({names[0]}, {names[1]}{', ...' if len(names) > 2 else ''}); "
+                            "leave it out, and export one of them by a command of its own once it is done.")
 
 
 class LocalLauncher(PlanLauncher):

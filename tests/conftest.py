@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on the CPU then
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from hm.convert import convert
 from hm.data import DataSpec, TokenDataset, tokenize
@@ -38,6 +38,8 @@ CONFIGS = {
     "llama": lambda **changes: LlamaConfig(
         **SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True} | changes
     ),
+    # norms of queries and keys, heads wider than hidden_size / heads
+    "qwen3": lambda **changes: Qwen3Config(**SMALL | {"num_key_value_heads": 2, "head_dim": 16} | changes),
 }
 
 
@@ -54,11 +56,11 @@ def build_teacher(kind, seed=0, **changes):
 
 @pytest.fixture(scope="session")
 def make_teacher():
-    """make_teacher("neox" or "llama", seed=0, **config changes): a small one, all random."""
+    """make_teacher("neox", "llama" or "qwen3", seed=0, **config changes): a small one, all random."""
     return build_teacher
 
 
-@pytest.fixture(params=["neox", "llama"])
+@pytest.fixture(params=["neox", "llama", "qwen3"])
 def kind(request):
     return request.param
 

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
 
+from hm.adapters import capture_attention
 from hm.config import FeatureMap
 from hm.convert import convert, is_new, kept_layers, part_of, report, teacher_counts, trainable
 from hm.errors import UserError
@@ -378,5 +380,16 @@ def test_a_teacher_that_can_not_be_converted_is_refused_also_when_it_was_not_loa
 
 
 def test_a_student_is_no_teacher(make_teacher):
-    with pytest.raises(UserError, match="hedgemamba"):
+    with pytest.raises(UserError, match="converted student"):
         convert(convert(make_teacher("neox")))
+
+
+def test_a_mixers_queries_keys_and_values_are_those_of_the_teachers_attention(teacher, ids):
+    student = convert(teacher, "hedgehog")
+    with torch.no_grad(), capture_attention(teacher) as records:
+        teacher(input_ids=ids(2, 13))
+        for mixer, seen in zip(student.mixers, records, strict=True):
+            q, k, v = (t.transpose(1, 2) for t in mixer.qkv(seen.hidden, seen.position_embeddings))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            rebuilt = mixer.o_proj(y.transpose(1, 2).flatten(2))
+            torch.testing.assert_close(rebuilt, seen.output, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hm.convert import convert
 from hm.diagnostics import diagnose
@@ -69,6 +70,11 @@ def test_continuations_are_scored_beside_the_real_one_and_come_out_the_same_agai
     assert torch.equal(torch.get_rng_state(), state)
     assert found == score_generation(student, tiny_teacher, batches, new_tokens=8)
     assert set(found) == {"greedy", "sampled", "text"}
+    given = student.generation_config
+    student.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=2, max_time=0.0)
+    assert found == score_generation(student, tiny_teacher, batches, new_tokens=8), "whatever its generation_config.json says"
+    assert student.generation_config.num_beams == 2
+    student.generation_config = given
     own = score_generation(tiny_teacher, tiny_teacher, batches, new_tokens=8)
     assert own["text"] == found["text"]
     assert own["greedy"]["teacher_nll"]["value"] < found["greedy"]["teacher_nll"]["value"]

@@ -187,6 +187,14 @@ def test_one_row_of_a_study_is_one_cell(sweep, small, tmp_path):
     assert (record["study"], record["row"], record["tokens"]["stage1"]) == ("split", "0/100", 0)
 
 
+def test_cells_of_one_export_are_refused_before_the_first_is_trained(sweep, small, tmp_path):
+    found = sweep("-m", *small, "budget=64", "stage1_tokens=32", "seed=0,1", f"export={tmp_path / 'student'}")
+    assert found.status == 2
+    assert "student is one folder for 2 cells" in found.err
+    assert "leave it out" in found.err
+    assert not records(tmp_path / "runs")
+
+
 def test_a_study_may_lie_outside_the_repository(sweep, small, tmp_path):
     folder = tmp_path / "own studies"
     (folder / "study").mkdir(parents=True)

@@ -19,6 +19,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from hm import teacher
@@ -54,7 +55,10 @@ def attention_by_hand(record, parts, shape):
 
     def heads(name, count):
         projected = F.linear(record.hidden, parts[f"{name}_weight"], parts[f"{name}_bias"])
-        return projected.unflatten(-1, (count, shape.head_dim))
+        projected = projected.unflatten(-1, (count, shape.head_dim))
+        if shape.qk_norm is not None and name in "qk":
+            projected = F.rms_norm(projected, (shape.head_dim,), parts[f"{name}_norm"], shape.qk_norm)
+        return projected
 
     q = apply_rotary(heads("q", shape.num_heads), cos, sin)
     k = apply_rotary(heads("k", shape.num_kv_heads), cos, sin)
@@ -78,6 +82,8 @@ CONFIGS = {
     "llama_linear_rope": llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
     "mistral_no_window": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None),
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
+    "qwen3_bias": Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=16, attention_bias=True),
 }
 
 
@@ -176,7 +182,9 @@ REFUSED = {
     "t5": (transformers.T5Config(), "t5.*encoder-decoder"),
     "gemma": (transformers.GemmaConfig(), "gemma.*no adapter"),
     "gemma2": (transformers.Gemma2Config(), "gemma2.*soft-caps"),
-    "qwen3": (transformers.Qwen3Config(), "qwen3.*qk-norm"),
+    "olmo2": (transformers.Olmo2Config(), "olmo2.*qk-norm"),
+    "qwen3_window": (transformers.Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+                     "qwen3.*sliding window"),
     "mixtral": (transformers.MixtralConfig(), "mixtral.*no adapter"),
     "dynamic_rope": (llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
                      "llama.*dynamic.*sequence length"),

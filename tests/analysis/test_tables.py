@@ -390,8 +390,8 @@ def test_recall_needle_agreement_and_generated_text_have_columns_of_their_own(ru
             "agreement": {"top1": {"value": 60.0, "stderr": 0.5}, "kl": {"value": 0.4}},
             "generation": {"greedy": {"repetition": {"value": 30.0 + seed, "stderr": 4.0}}, "sampled": {"teacher_nll": {"value": 5.0}}}})
     cells = runs.rows("main")["hedgemamba"]
-    seen = {key: (cells[key].value, cells[key].spread) for key in ("ppl_at_64", "ppl_at_4096", "without_ssm", "without_gate", "recall_16", "needle", "agreement_top1", "agreement_kl", "repetition", "teacher_nll")}
-    assert seen == {"ppl_at_64": (50.0, None), "ppl_at_4096": (30.5, 2.0), "without_ssm": (4.5, None), "without_gate": (-0.5, None), "recall_16": (12.0, 3.0), "needle": (30.0, None), "agreement_top1": (60.0, 0.5), "agreement_kl": (0.4, None),
+    seen = {key: (cells[key].value, cells[key].spread) for key in ("ppl_at_64", "ppl_at_4096", "without_ssm", "without_gate", "recall_16", "needle_1", "needle_4", "agreement_top1", "agreement_kl", "repetition", "teacher_nll")}
+    assert seen == {"ppl_at_64": (50.0, None), "ppl_at_4096": (30.5, 2.0), "without_ssm": (4.5, None), "without_gate": (-0.5, None), "recall_16": (12.0, 3.0), "needle_1": (7.5, None), "needle_4": (30.0, None), "agreement_top1": (60.0, 0.5), "agreement_kl": (0.4, None),
                     "repetition": (30.5, 4.0), "teacher_nll": (5.0, None)}
     assert "recall_4" not in cells
     assert [c.label for c in runs.table("main").columns if c.key.startswith("ppl_at")] == ["ppl at\n64", "ppl at\n4096"]
