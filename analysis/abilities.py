@@ -100,11 +100,11 @@ def compared(rows: Sequence[Row]) -> None:
 
 def length_columns(keys: Iterable[str]) -> list[Column]:
     """A column for each "needle_<length>" and "ppl_at_<length>" among the keys."""
-    kinds = {"needle_": ("needle\nin", "acc", "up", _ASKED), "ppl_at_": ("ppl at\n", "ppl", "down", _LENGTHS)}
+    kinds = {"needle_": ("needle\nin {}", "acc", "up", _ASKED), "ppl_at_": ("ppl at\n{}", "ppl", "down", _LENGTHS)}
     found = []
     for kind, (title, unit, better, block) in kinds.items():
         lengths = sorted(int(key.removeprefix(kind)) for key in set(keys) if key.startswith(kind))
-        found += [Column(f"{kind}{n}", f"{title} {n}".replace("\n ", "\n"), unit, better, block) for n in lengths]
+        found += [Column(f"{kind}{n}", title.format(n), unit, better, block) for n in lengths]
     return found
 
 
@@ -115,7 +115,8 @@ def notes(keys: Collection[str]) -> list[str]:
         chance = ", ".join(number_text(100 / p, "acc") for p in pairs)
         known = ", ".join(number_text(100 * sum(1 / i for i in range(1, p + 1)) / p, "acc") for p in pairs)
         found.append("recall: share of the values of so many pairs of random tokens that are named again, among these values, in sequences of the "
-                     f"longest length that was asked; by chance {chance}, and {known} by knowing which were named already and no pairs. ± of these columns: standard error over the sequences.")
+                     f"longest length that was asked; by chance {chance}, and {known} by knowing which were named already and no pairs. "
+                     "± of these columns: standard error over the sequences.")
     if any(key.startswith("needle_") for key in keys):
         found.append("needle: share of numbers in a text of so many tokens that are named again, the mean over depths.")
     if {"agreement_top1", "agreement_kl"} & set(keys):
