@@ -19,6 +19,7 @@ from analysis.rows import (
     apart,
     commands_of,
     human,
+    hybrid,
     in_order,
     number,
     paths_of,
@@ -72,7 +73,9 @@ def _left(gaps: dict[str, float], papers: dict[str, float]) -> dict[str, float]:
 
 def _name(record: Record) -> str:
     name = str(record.get("row") or record.get("settings.row") or record["cell"])
-    return name.partition(" (")[0] if recipe_of(record) in TEACHERS else name
+    if recipe_of(record) in TEACHERS:
+        return name.partition(" (")[0]
+    return f"{name} (hybrid, keep_attention={layers})" if (layers := hybrid(record)) else name
 
 
 def _order(label: str) -> tuple:
@@ -115,7 +118,8 @@ def table(name: str, caption: str, records: list[Record], notes: list[str]) -> T
                     Column(f"log_gap_{at}", f"gap\n{at}", "nats", "down", block, ranked=True),
                     Column(f"left_pct_{at}", f"left %\n{at}", "pct", "down", block), Column(f"seeds_{at}", f"seeds\n{at}", "count", block=block)]
         for label, recipe in recipes.items():
-            row = rows.setdefault(label, Row(label, ranked=recipe_of(recipe.records[0]) not in TEACHERS))
+            row = rows.setdefault(label, Row(label, ranked=recipe_of(recipe.records[0]) not in TEACHERS,
+                                             hybrid=bool(hybrid(recipe.records[0]))))
             cells = {"ppl": perplexity(recipe.records), "log_gap": recipe.gap, "left_pct": _over_seeds(recipe.left),
                      "seeds": Cell(len(_ppls(recipe.records)))}
             row.cells |= {f"{key}_{at}": cell for key, cell in cells.items() if cell is not None}

@@ -11,8 +11,8 @@ from analysis.rows import human
 
 ONE_SEED = "†"
 SINGLE = f"{ONE_SEED} one seed: ± is the standard error over the evaluated sequences."
-BOLD = ("Bold, and italic (underlined in LaTeX): the best and second best student, where ahead of the next by more than the error of the "
-        "difference.")
+BOLD = ("Bold, and italic (underlined in LaTeX): the best and second best student without attention, where ahead of the next by more than the "
+        "error of the difference.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Row:
     commands: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     ranked: bool = True
+    hybrid: bool = False
 
 
 @dataclass
@@ -75,14 +76,14 @@ class Table:
 
 
 def mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> None:
-    """Mark the best and second best student of each ranked column, each only if it is clear of the next.
+    """Mark the best and second best student without attention of each ranked column, each only if it is clear of the next.
 
     Clear: further away than the error of the difference, the root of the sum of squares of what follows the ±; nothing is
     where there is no ±.
     """
     for column in (c for c in columns if c.ranked):
         sign = -1 if column.better == "up" else 1
-        runners = [(sign * cell.value, math.inf if cell.spread is None else cell.spread, row) for row in rows if row.ranked  # type: ignore[operator]
+        runners = [(sign * cell.value, math.inf if cell.spread is None else cell.spread, row) for row in rows if row.ranked and not row.hybrid  # type: ignore[operator]
                    if (cell := row.cells.get(column.key))]
         if len({row.cells[column.key].items for _, _, row in runners}) > 1:
             continue

@@ -122,7 +122,7 @@ def _table(study: str, name: str, mine: list[Record], others: list[Record]) -> T
         cells = cells_of(records, usable, notes) | ({} if hybrid else paper_cells(published.get(whose, {})))
         commands = [c for r in records for c in commands_of(r)]
         made.append(Row(label, cells, list(dict.fromkeys(commands)), paths_of(records),
-                        all(recipe_of(r) not in TEACHERS for r in records)))
+                        all(recipe_of(r) not in TEACHERS for r in records), hybrid))
     if study != "scale":
         for row in made:
             row.cells.pop("bits_per_byte", None)

@@ -127,3 +127,14 @@ def test_the_plot_has_a_bar_for_each_row_and_budget_and_the_files_are_written(st
     draw(plot).savefig(tmp_path / "recipes.png")
     assert make_tables.main(["--runs", str(study.root), "--out", str(tmp_path / "out")]) == 0
     assert "| paper " in (tmp_path / "out/recipes/tables/recipes.md").read_text()
+
+
+def test_a_hybrid_is_named_one_and_never_the_best(runs):
+    for name, ppl, more in (("adapted_teacher", 20.0, {"recipe": "adapted_teacher"}), ("paper", 30.0, {}), ("tuned", 25.0, {}), ("tuned", 21.0, {"keep_attention": 3})):
+        for seed in (0, 1, 2):
+            runs.add("recipes", name, ppl + seed / 100, seed=seed, **more)
+    rows = runs.rows("recipes")
+    label = "tuned (hybrid, keep_attention=3)"
+    assert rows[label]["ppl_100"].value == pytest.approx(21.01)
+    assert rows["tuned"]["ppl_100"].mark == "best"
+    assert rows[label]["ppl_100"].mark == ""
