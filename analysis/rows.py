@@ -104,6 +104,8 @@ def settings_that_matter(record: Record) -> dict[str, str]:
     unused = UNUSED.get(recipe_of(record), ())
     given = record | {k: v for k, v in SINCE.items() if k not in record}
     given["settings.precision"] = record.get("provenance.precision", record.get("settings.precision"))  # what auto was
+    if given.get("settings.stage2.loss") != "ce+kl":
+        given.pop("settings.stage2.kl_weight", None)
     return {k: text(v) for k, v in given.items() if k.startswith("settings.") and k not in OPERATIONAL
             and (k in YARDSTICK or not (k.startswith("settings.eval.")
                                         or k.removeprefix("settings.").startswith(unused or ("\0",))))}
@@ -214,15 +216,24 @@ def apart(named: list[tuple[str, Record]], notes: list[str]) -> list[tuple[str, 
     told: list[tuple[str, Record]] = []
     for name, group in by_name.items():
         varied = differing(group)
-        if varied and notes is not None:
+        few = [v for v in varied if not any(v in follow and of in varied for of, follow in _FOLLOW.items())]
+        if len({_said(r, few) for r in group}) == len({_said(r, varied) for r in group}):
+            varied = few
+        if varied:
             notes.append(f"{name} was run with several settings of "
                          f"{', '.join(v.removeprefix('settings.') for v in varied)}: a row for each.")
-        for r in group:
-            said = settings_that_matter(r)
-            what = ", ".join(f"{s.removeprefix('settings.')}={_readable(r.get(s), said.get(s, 'null'))}"
-                             for s in varied)
-            told.append((f"{name} ({what})" if what else name, r))
+        told += [(f"{name} ({what})" if (what := _said(r, varied)) else name, r) for r in group]
     return told
+
+
+_FOLLOW = {"settings.mixer": [f"settings.{p}" for p in PARTS], "settings.stage1_tokens": ["settings.stage2_tokens"],
+           "settings.stage2.loss": ["settings.stage2.kl_weight"]}
+"""Settings -> those that need not be said beside them, unless nothing else tells two rows apart."""
+
+
+def _said(record: Record, names: list[str]) -> str:
+    given = settings_that_matter(record)
+    return ", ".join(f"{n.removeprefix('settings.')}={_readable(record.get(n), given.get(n, 'null'))}" for n in names)
 
 
 def _readable(value: Any, plain: str) -> str:

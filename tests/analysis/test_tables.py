@@ -476,3 +476,14 @@ def test_a_demo_without_students_says_so(runs):
 ])
 def test_numbers_have_the_decimals_of_their_kind(value, kind, expected):
     assert number_text(value, kind) == expected
+
+
+def test_a_label_says_no_setting_that_follows_from_another_unless_rows_need_it(runs):
+    runs.add("main", "x", 30.0, mixer="hedgemamba", ssm=True, gate=True, one=10, two=90, stage2={"loss": "ce", "kl_weight": 0.9})
+    runs.add("main", "x", 31.0, mixer="ssm", ssm=True, gate=False, one=50, two=50, stage2={"loss": "kl", "kl_weight": 0.8})
+    runs.add("main", "x", 31.0, seed=1, mixer="ssm", ssm=True, gate=False, one=50, two=50, stage2={"loss": "kl", "kl_weight": 0.7})
+    labels = {"x (mixer=hedgemamba, stage1_tokens=10, stage2.loss=ce)", "x (mixer=ssm, stage1_tokens=50, stage2.loss=kl)"}
+    assert {label for label in runs.rows("main") if label.startswith("x")} == labels
+    for seed, weight in ((0, 0.5), (1, 0.1)):
+        runs.add("main", "x", 32.0, seed=seed, mixer="ssm", ssm=True, gate=False, one=50, two=50, stage2={"loss": "ce+kl", "kl_weight": weight})
+    assert sum("kl_weight=0.1" in label for label in runs.rows("main")) == 1
