@@ -76,7 +76,8 @@ class Claim:
     findings: list[Finding] = field(default_factory=list)
 
 
-BEYOND = {"settings.stage1.train": "maps", "settings.stage1.loss": "cosine", "settings.ssm_init": "exact"}
+BEYOND = {"settings.stage1.train": "maps", "settings.stage1.loss": "cosine", "settings.stage1.feed": "teacher",
+          "settings.stage2.loss": "ce", "settings.ssm_init": "exact"}
 """What the paper's two stages have; a student with anything else is a recipe of ours and decides no claim of the paper's."""
 
 

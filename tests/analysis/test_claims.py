@@ -41,7 +41,7 @@ def said(claim):
     return claim.findings[-1].why, "\n".join([*claim.findings[-1].evidence, *claim.findings[-1].controls])
 
 
-@pytest.mark.parametrize("ours", [{"stage1": {"train": "mixer"}}, {"stage1": {"loss": "mse"}}, {"ssm_init": "decay"}])
+@pytest.mark.parametrize("ours", [{"stage1": {"train": "mixer"}}, {"stage1": {"loss": "mse"}}, {"stage1": {"feed": "student"}}, {"stage2": {"loss": "kl"}}, {"ssm_init": "decay"}])
 def test_a_recipe_of_ours_decides_no_claim_of_the_papers(lab, ours):
     lab.teacher()
     lab.cell("hedgehog", 24.0, stage1={"train": "maps", "loss": "cosine"})
