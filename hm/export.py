@@ -29,7 +29,7 @@ A {kind}, made from the Transformer `{teacher}` by hedgemamba, a harness for
     model = AutoModelForCausalLM.from_pretrained("this folder")
     tokenizer = AutoTokenizer.from_pretrained("this folder")  # pads on the left, as generate() needs it
 
-Parameters: {total:,}, of which {new:,} are not the teacher's. Training: {training}. The recipe is also in `config.json`.
+Parameters: {total:,}, of which {new:,} are not the teacher's. Training: {training}
 
 | metric | value | standard error |
 |---|---|---|
@@ -56,7 +56,8 @@ def model_card(record: dict[str, Any]) -> str:
     return CARD.format(
         tags="" if plain else "hedgemamba, linear-attention, mamba",
         imports="" if plain else "    import hm  # hedgemamba's package, which makes the architecture known to Transformers\n",
-        training=f"{tokens['stage2']:,} tokens" if plain else f"{tokens['stage1']:,} tokens of stage 1 and {tokens['stage2']:,} of stage 2",
+        training=f"{tokens['stage2']:,} tokens." if plain else
+        f"{tokens['stage1']:,} tokens of stage 1 and {tokens['stage2']:,} of stage 2. The recipe is also in `config.json`.",
         changes=" with changes" if origin.get("git_dirty") else "",
         cell=record["cell"], key=record["key"], kind=kind, teacher=settings["teacher"], numbers="\n".join(numbers),
         total=record["params"]["total"], new=record["params"]["new"],

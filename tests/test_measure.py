@@ -99,6 +99,16 @@ def test_one_cell_measures_everything_and_can_be_exported_and_loaded(cell, items
         cell({"export": str(folder)}).run()
 
 
+def test_the_card_of_an_adapted_teacher_is_that_of_a_transformer(cell, tmp_path):
+    folder = tmp_path / "adapted"
+    record = cell({"recipe": "adapted_teacher", "export": str(folder)}).run()
+    card = (folder / "README.md").read_text()
+    assert "fine-tuned Transformer" in card
+    assert f"Training: {record['tokens']['stage2']:,} tokens." in card
+    assert not {word for word in ("import hm", "stage 1 and", "linear-attention", "config.json") if word in card}
+    assert ("with changes" in card) == bool(record["provenance"]["git_dirty"])
+
+
 def test_fifty_items_of_a_task_are_scored_for_the_tiny_student_in_under_a_minute(cell, tmp_path):
     choices = {"text": ["in the sea", "on a hill", "under the ice", "in a large city"], "label": ["A", "B", "C", "D"]}
     questions = [f"A ship with {n} sailors leaves the harbour in the morning. Where is it at noon, if the wind holds?" for n in range(60)]
