@@ -139,8 +139,10 @@ class Place:
 
     def teacher(self) -> Cells | None:
         """The untouched teacher."""
-        found = [r for r in self.yard if recipe_of(r) == "teacher"]
-        return next(iter(self._cells("teacher", found)), None)
+        kind = ("teacher", "", "")
+        if kind not in self.known:
+            self.known[kind] = self._cells("teacher", [r for r in self.yard if recipe_of(r) == "teacher"])
+        return next(iter(self.known[kind]), None)
 
     def adapted(self, like: Cells) -> Cells | None:
         """The adapted teacher that saw as many tokens as `like` did in stage 2, within 2%; of several the best."""
