@@ -20,6 +20,7 @@ from analysis.rows import (
     commands_of,
     human,
     hybrid,
+    hybrid_mark,
     in_order,
     number,
     paths_of,
@@ -73,9 +74,7 @@ def _left(gaps: dict[str, float], papers: dict[str, float]) -> dict[str, float]:
 
 def _name(record: Record) -> str:
     name = str(record.get("row") or record.get("settings.row") or record["cell"])
-    if recipe_of(record) in TEACHERS:
-        return name.partition(" (")[0]
-    return f"{name} (hybrid, keep_attention={layers})" if (layers := hybrid(record)) else name
+    return name.partition(" (")[0] if recipe_of(record) in TEACHERS else name + hybrid_mark(record)
 
 
 def _order(label: str) -> tuple:

@@ -99,6 +99,11 @@ def hybrid(record: Record) -> str:
     return ",".join(map(str, kept)) if isinstance(kept, list) else text(kept)
 
 
+def hybrid_mark(record: Record) -> str:
+    """What follows the name of a row of hybrids."""
+    return f" (hybrid, keep_attention={layers})" if (layers := hybrid(record)) else ""
+
+
 def settings_that_matter(record: Record) -> dict[str, str]:
     """The settings that decide what is trained, apart from the seed, as text; those that an older record lacks as they were in effect."""
     unused = UNUSED.get(recipe_of(record), ())
@@ -203,8 +208,7 @@ def row_name(record: Record, study: str, published: set[str], several_teachers: 
     name = str(record.get("row") or record.get("settings.row") or derived)
     if derived in published and name == mixer:
         name = derived
-    if layers := hybrid(record):
-        name = f"{name} (hybrid, keep_attention={layers})"
+    name += hybrid_mark(record)
     return f"{name}, {text(record.get('settings.teacher', '?'))}" if several_teachers else name
 
 

@@ -145,7 +145,7 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         check_config(config)
     except UserError as error:
-        raise UserError(str(error).replace("teacher:", f"teacher={name}:", 1)) from error
+        raise _error(name, str(error).removeprefix("teacher: ").removesuffix(".")) from error
     return config
 
 

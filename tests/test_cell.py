@@ -637,7 +637,7 @@ def test_a_disk_that_is_full_while_weights_are_saved_is_a_user_error(cell, undis
         ({"budget": 64, "stage1_tokens": 96}, r"stage1_tokens=96 is more than the budget.*raise budget="),
         ({"stage1_tokens": 5}, r"stage1_tokens=5 is less than one step"),
         ({"seq_len": 300, "budget": 0}, r"seq_len=300 is longer than the teacher .*lower it to 256"),
-        ({"teacher": "gpt2_folder"}, r"teacher=\S*gpt2_folder: the architecture 'gpt2' .*choose another teacher \(model types with an adapter: gpt_neox"),
+        ({"teacher": "gpt2_folder"}, r"teacher='\S*gpt2_folder': the architecture 'gpt2' .*choose another teacher \(model types with an adapter: gpt_neox"),
         ({"teacher": "no/such/folder/here"}, r"teacher='no/such/folder/here'"),
         ({"scan": "ssd"}, r"scan=ssd needs a CUDA device"),
         ({"scan": "selective_scan"}, r"scan=selective_scan needs a CUDA device"),
