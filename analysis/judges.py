@@ -243,8 +243,8 @@ def splits(places: Sequence[Place], root: str) -> Iterator[Finding]:
             if pair and (d := case.compare(*pair)):
                 found[split] = d
         for split in place.splits:
-            if split not in (*others, "10/90") and (near := place.best("hedgemamba", split)):
-                case.compare(light, near, "light too: does not decide")
+            if split not in (*others, "10/90") and (pair := place.matched(("hedgemamba", "10/90"), ("hedgemamba", split))):
+                case.compare(*pair, "light too: does not decide")
         adjusted = dict(zip(found, holm(list(found.values())), strict=True))
         wanted = {"0/100": "0/100" in found, "100/0": "100/0" in found, "50/50": any(50 <= _stage1(s) < 100 for s in found)}
         missing = [split for split, there in wanted.items() if not there]

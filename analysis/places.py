@@ -54,12 +54,18 @@ def _best(found: list[Cells]) -> Cells:
     return min(found, key=lambda c: (c.seeds < 2, c.ppl))
 
 
+def _varied(a: Cells, b: Cells) -> list[str]:
+    """The settings in which two cells differ, apart from those of a stage 1 that only one of them has."""
+    varied = sorted(k for k in {*a.settings, *b.settings} if a.settings.get(k) != b.settings.get(k))
+    without = any(r.get("settings.stage1_tokens") == 0 for r in (*a.records, *b.records))
+    return [k for k in varied if not (without and k.startswith("settings.stage1."))]
+
+
 def unlike(a: Cells, b: Cells) -> str:
     """In which settings two cells of students differ that may be compared, apart from their mixers and tokens; "" if in none."""
     if {recipe_of(r) for r in [*a.records, *b.records]} != {"two_stage"}:
         return ""
-    varied = sorted(k for k in {*a.settings, *b.settings} if a.settings.get(k) != b.settings.get(k))
-    shown = ", ".join(f"{k.removeprefix('settings.')} {a.settings.get(k, 'null')} / {b.settings.get(k, 'null')}" for k in varied)
+    shown = ", ".join(f"{k.removeprefix('settings.')} {a.settings.get(k, 'null')} / {b.settings.get(k, 'null')}" for k in _varied(a, b))
     return shown and f"each at its own settings: {shown}"
 
 
@@ -132,7 +138,7 @@ class Place:
         first, second = self.variants(*one), self.variants(*other)
         if not first or not second:
             return None
-        same = [(a, b) for a in first for b in second if a.settings == b.settings]
+        same = [(a, b) for a in first for b in second if not _varied(a, b)]
         if same:
             return min(same, key=lambda p: (-min(p[0].seeds, p[1].seeds), p[0].ppl + p[1].ppl))
         return _best(first), _best(second)

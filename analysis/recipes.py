@@ -25,6 +25,7 @@ from analysis.rows import (
     number,
     paths_of,
     recipe_of,
+    split_of,
     text,
 )
 from analysis.table import BOLD, SINGLE, Cell, Column, Row, Table, mark_best
@@ -49,13 +50,22 @@ class Recipe:
 def at_budgets(records: list[Record], notes: list[str]) -> dict[float, dict[str, Recipe]]:
     """Budget -> row -> recipe. The untouched teacher, which has no budget, is at all of them."""
     budgets = sorted({b for r in records if recipe_of(r) != "teacher" and (b := number(r, "settings.budget"))})
-    return {budget: _recipes([r for r in records if recipe_of(r) == "teacher" or number(r, "settings.budget") == budget], budget, notes)
+    named = _named(records)
+    return {budget: _recipes([(name, r) for name, r in named if recipe_of(r) == "teacher" or number(r, "settings.budget") == budget], budget, notes)
             for budget in budgets}
 
 
-def _recipes(records: list[Record], budget: float, notes: list[str]) -> dict[str, Recipe]:
+def _named(records: list[Record]) -> list[tuple[str, Record]]:
+    """Each record with its row, and with its split where the row was run with several, maybe at different budgets."""
+    splits: dict[str, set[str]] = {}
+    for r in records:
+        splits.setdefault(_name(r), set()).add(split_of(r))
+    return [(name if (name := _name(r)) in FIRST or len(splits[name]) == 1 else f"{name} ({split_of(r)})", r) for r in records]
+
+
+def _recipes(named: list[tuple[str, Record]], budget: float, notes: list[str]) -> dict[str, Recipe]:
     rows: dict[str, list[Record]] = {}
-    for label, r in apart([(_name(r), r) for r in records], notes):
+    for label, r in apart(named, notes):
         rows.setdefault(label, []).append(r)
     taken = {label: found for label in sorted(rows, key=_order) if (found := agreeing(f"{label} at {human(budget)}", rows[label], notes))}
     adapted = [found for found in taken.values() if recipe_of(found[0]) == "adapted_teacher" and _ppls(found)]

@@ -107,6 +107,8 @@ def hybrid_mark(record: Record) -> str:
 def settings_that_matter(record: Record) -> dict[str, str]:
     """The settings that decide what is trained, apart from the seed, as text; those that an older record lacks as they were in effect."""
     unused = UNUSED.get(recipe_of(record), ())
+    if record.get("settings.stage1_tokens") == 0:
+        unused += ("stage1.",)  # how it would have been trained
     given = record | {k: v for k, v in SINCE.items() if k not in record}
     given["settings.precision"] = record.get("provenance.precision", record.get("settings.precision"))  # what auto was
     if given.get("settings.stage2.loss") != "ce+kl":

@@ -25,12 +25,13 @@ SECTOR = 8  # float32 numbers in the 32 bytes that a GPU's memory moves at once
 
 class Launch(NamedTuple):
     """How the kernel is launched. states, channels: that a program holds at a time. programs: at least about so many, where
-    a small batch would leave most of a GPU's 100 to 150 processors without work."""
+    a small batch would leave most of a GPU's 100 to 150 processors without work. The default is the best of 23 on an H100
+    (results/bench/README.md)."""
 
-    states: int = 64
-    channels: int = 32
+    states: int = 32
+    channels: int = 256
     warps: int = 4
-    programs: int = 512
+    programs: int = 2048
 
 
 LAUNCH = Launch()
@@ -183,6 +184,7 @@ def step_in_place(state: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor 
     decay = torch.ones_like(delta) if A is None else torch.exp(-delta * A.float())
     row, (block_n, block_c, warps, programs) = state.stride(2), LAUNCH
     assert state.stride() == (H * N * row, N * row, row, 1)
+    block_n, block_c = (min(block, 1 << (size - 1).bit_length()) for block, size in ((block_n, N), (block_c, C)))
     blocks = -(-C // block_c)
     parts = max(1, min(-(-N // block_n), programs // (B * H * blocks)))
     y = torch.empty(B, H, parts, C, device=state.device)

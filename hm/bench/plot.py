@@ -30,7 +30,7 @@ def plot_lengths(rows: Sequence[dict[str, Any]], path: Path) -> None:
         del panels["peak memory of a token (KiB)"]
     for ax, (title, column) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for style, (name, points) in enumerate(sorted(series.items())):
-            known = [(p[0], p[column]) for p in points if p[column]]
+            known = [(p[0], p[column]) for p in sorted(points, key=lambda point: point[0]) if p[column]]
             if known:
                 ax.plot(*zip(*known, strict=True), marker="osD^vPX<>*"[style % 10], label=name)
         ax.set(yscale="log", xlabel="tokens in a sequence", title=title)

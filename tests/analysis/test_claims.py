@@ -351,3 +351,14 @@ def test_switches_of_a_mixer_that_is_no_sum_of_parts_make_other_cells(lab, runs)
         runs.add("controls", None, ppl, seed=seed, mixer="hedgehog_bypass", one=100, two=900, ssm=False, conv=False, gate=gate)
     (line,) = [line for line in said(lab.verdict("C2"))[1].splitlines() if "hedgehog_bypass" in line]
     assert "hedgehog_bypass 10/90 40:" in line
+
+
+def test_a_student_without_stage_1_is_compared_whatever_its_stage_1_would_have_been(lab):
+    lab.teacher()
+    lab.cell("hedgemamba", 24.0, stage1={"lr": 0.03})
+    lab.cell("hedgemamba", 23.0, stage1={"lr": 0.02}, stage2={"lr_new": 0.01})
+    for seed, lr in enumerate((0.01, 0.03)):
+        lab.cell("hedgemamba", 26.0 + seed / 100, split=0, seeds=seed + 1, stage1={"lr": lr})
+    line = next(line for line in lab.verdict("C5").findings[-1].evidence if "0/100" in line)
+    assert "hedgemamba 10/90 24 against hedgemamba 0/100" in line
+    assert "own settings" not in line

@@ -138,3 +138,14 @@ def test_a_hybrid_is_named_one_and_never_the_best(runs):
     assert rows[label]["ppl_100"].value == pytest.approx(21.01)
     assert rows["tuned"]["ppl_100"].mark == "best"
     assert rows[label]["ppl_100"].mark == ""
+
+
+def test_a_row_that_was_run_at_several_splits_says_which_one_also_where_there_is_one_at_each_budget(study):
+    for budget in (1000, 2000):
+        for seed, ppl in enumerate((24.0, 24.2)):
+            study.add("recipes", "both", ppl, seed=seed, one=budget // 2, two=budget // 2)
+    assert {"ppl_1k", "ppl_2k"} <= set(study.rows("recipes")["both"])
+    study.add("recipes", "both", 21.0, one=3000, two=1000)
+    rows = study.rows("recipes")
+    assert {name: {key for key in cells if key.startswith("ppl")} for name, cells in rows.items() if name.startswith("both")} == {
+        "both (50/50)": {"ppl_1k", "ppl_2k"}, "both (75/25)": {"ppl_4k"}}
