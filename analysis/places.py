@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from analysis.rows import (
+    MIXERS,
     TEACHER,
     TEACHERS,
     TOKENS,
@@ -18,6 +19,7 @@ from analysis.rows import (
     mixer_of,
     natural,
     recipe_of,
+    scale_of,
     settings_that_matter,
     split_of,
     text,
@@ -99,6 +101,12 @@ class Place:
         """The splits of its two-stage students, those with little stage 1 first."""
         return sorted({split for recipe, _, split in self.kinds if recipe == "two_stage" and split != "?/?"}, key=natural)
 
+    @property
+    def mixers(self) -> list[str]:
+        """The mixers of its two-stage students: those of the paper's ladder first, then others by name."""
+        run = {mixer for recipe, mixer, _ in self.kinds if recipe == "two_stage"}
+        return [m for m in MIXERS if m in run] + sorted(run - set(MIXERS))
+
     def variants(self, mixer: str, split: str, recipe: str = "two_stage") -> list[Cells]:
         """The cells of one mixer and split, one for each setting of the rest."""
         kind = (recipe, mixer, split)
@@ -163,10 +171,12 @@ class Place:
         typed = ["python", "sweep.py", "-m", *what.split(), f"scale={first.get('settings.scale', 'tiny')}"]
         if self.budget:  # the rows of the budget study are parts of the scale's own budget
             typed.append(f"{'default_budget' if '+study=budget' in what else 'budget'}={human(self.budget)}")
-        for name in ("data", "validation"):
+        usual = scale_of(str(first.get("settings.scale", "tiny")))
+        usual = usual | {"eval.sequences": usual.get("eval", {}).get("sequences")}
+        for name in ("teacher", "data", "validation", "seq_len", "eval.sequences"):
             value = first.get(f"settings.{name}")
-            if value is not None and value != "docstrings":
-                typed.append(f"{name}={value}")
+            if value is not None and value != usual.get(name):
+                typed.append(f"{name}={text(value) if isinstance(value, float) else value}")
         typed.append(f"seed={','.join(map(str, range(seeds)))}")
         return shlex.join(filter(None, typed))
 

@@ -200,7 +200,7 @@ def _split(place: Place) -> Iterator[Plot]:
         return
     series = []
     for i, at in enumerate(places(place.yard)[: -len(STYLES) - 1 : -1]):  # of more budgets the largest
-        for mixer in MIXERS:
+        for mixer in at.mixers:
             curve = _gaps(f"{mixer}, {human(at.budget)}", mixer, _alike((_share(s), at.variants(mixer, s)) for s in at.splits), teacher,
                           dash=STYLES[i % len(STYLES)])
             if len(curve.x) > 1:
@@ -220,13 +220,13 @@ def _mixer(place: Place) -> Iterator[Plot]:
     teacher = _teacher(place)
     if teacher is None:
         return
-    run = {s: _alike((m, place.variants(m, s)) for m in MIXERS) for s in place.splits}
+    run = {s: _alike((m, place.variants(m, s)) for m in place.mixers) for s in place.splits}
     split = max(sorted(run), key=lambda s: len(run[s]), default="")
     if len(run.get(split, [])) < 2:
         return
     series = []
     for mixer, cells in run[split]:
-        shown = MIXERS[mixer] or mixer
+        shown = MIXERS.get(mixer) or mixer
         series.append(_gaps(shown, mixer, [(shown, cells)], teacher, "bar"))
     published = _published(paper.TABLES["mixer"].rows)
     published.kind, published.label = "points", "paper (Pythia-1B, 10B tokens, 50/50)"
@@ -371,9 +371,10 @@ def _decay(place: Place) -> Iterator[Plot]:
 
 
 def _dash(used: dict[str, int], cells: Cells) -> str:
-    """The next line style of this colour."""
-    count = used.get(_colour(cells), 0)
-    used[_colour(cells)] = count + 1
+    """The next line style of this colour. Mixers that have none of their own share one."""
+    colour = _colour(cells) if _colour(cells) in {*MIXERS, *TEACHERS, "one_step"} else "other"
+    count = used.get(colour, 0)
+    used[colour] = count + 1
     return STYLES[count % len(STYLES)]
 
 

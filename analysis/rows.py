@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-STUDIES = Path(__file__).parent.parent / "sweeps" / "study"
+SWEEPS = Path(__file__).parent.parent / "sweeps"
 
 PARTS = ("ssm", "conv", "gate")
 MIXERS = {"hedgehog": "", "ssm": "+ssm", "ssm_conv": "+ssm+conv", "hedgemamba": "+ssm+conv+gate", "gate": "+gate"}
@@ -251,9 +251,18 @@ def listed(study: str) -> dict[str, int]:
     """The rows of a study of sweeps/study with their places in its file; empty where it has none, or none of the name."""
     import yaml
 
-    files = {p.stem: p for p in STUDIES.glob("*.yaml")}
+    files = {p.stem: p for p in (SWEEPS / "study").glob("*.yaml")}
     rows = yaml.safe_load(files[study].read_text()).get("rows") if study in files else None
     return {str(name): place for place, name in enumerate(rows or {})}
+
+
+@cache
+def scale_of(name: str) -> dict[str, Any]:
+    """The settings of a scale of sweeps/scale; none where there is no such file."""
+    import yaml
+
+    file = {p.stem: p for p in (SWEEPS / "scale").glob("*.yaml")}.get(name)
+    return yaml.safe_load(file.read_text()) if file else {}
 
 
 def in_order(study: str, label: str) -> tuple[int, list[tuple[int, float, str]]]:

@@ -157,7 +157,8 @@ class Cell:
             share = 100 * s.stage1_tokens / max(1, s.budget)
             named = {tuple(p.values()): m for m, p in reversed(MIXERS.items()) if KINDS[m] is Mixer}
             parts = (bool(s.ssm), bool(s.conv), bool(s.gate))
-            mixer = s.mixer if KINDS[s.mixer] is not Mixer else named.get(parts, self.parts.strip("+").replace("+", "_"))
+            typed = self.parts.strip("+").replace("+", "_").replace("-", "_no_")
+            mixer = typed if KINDS[s.mixer] is not Mixer else named.get(parts, typed)
             base = f"{mixer}{'-channel' if s.decay == 'channel' else ''}{'-decay' if s.ssm_init == 'decay' else ''}-{share:.3g}-{100 - share:.3g}"
         else:
             base = s.recipe

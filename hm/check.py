@@ -16,6 +16,7 @@ from hm.convert import kept_layers
 from hm.errors import UserError
 from hm.generation import PROMPT
 from hm.inputs import Inputs
+from hm.mixer import MixerSpec, build_mixer
 from hm.ops import resolve_scan
 from hm.tasks import check_data
 
@@ -39,8 +40,12 @@ def check(settings: Settings, device: torch.device | None = None, inputs: Inputs
         raise UserError(f"seq_len={s.seq_len} leaves eval.generation=true nothing to continue beyond its prompt of {PROMPT} tokens; raise it to {PROMPT} or more, or leave eval.generation out.")
     if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
         raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
+    shape = adapter_for(config).shape(config)
+    if s.recipe in ("two_stage", "one_step"):
+        with torch.device("meta"):
+            build_mixer(MixerSpec.of(s, shape), 0)  # a mixer may refuse what it can't do
     if device is None:
-        resolve_scan(s.scan, pick_device(s.device), 2 * adapter_for(config).shape(config).head_dim, s.decay)
+        resolve_scan(s.scan, pick_device(s.device), 2 * shape.head_dim, s.decay)
     if s.tracker == "wandb" and find_spec("wandb") is None:
         raise UserError("tracker=wandb, but the package wandb is not installed; run `pip install wandb`, or leave tracker out.")
     data_exists(s)

@@ -50,6 +50,8 @@ def convert(
     check_choice("mixer", mixer, MIXERS)
     check_ssm(mixer, decay, ssm_init)
     parts = {n: MIXERS[mixer][n] if v is None else v for n, v in (("ssm", ssm), ("conv", conv), ("gate", gate))}
+    if not parts["ssm"]:
+        decay, ssm_init = "head", "exact"  # nothing decays
     check_config(teacher.config)
     adapter = adapter_for(teacher.config)
     feature_map = feature_map or FeatureMap()
@@ -199,9 +201,9 @@ def report(student: StudentForCausalLM, stage: str = "stage2") -> Report:
 
 
 def parts_name(spec: dict) -> str:
-    """hedgehog, +ssm, +ssm+conv+gate, ...; a mixer of another kind by its name."""
+    """hedgehog, +ssm, +ssm+conv+gate, ...; a mixer of another kind by its name, with what was switched on or off, such as +gate."""
     if KINDS[spec["kind"]] is not Mixer:
-        return spec["kind"]
+        return spec["kind"] + "".join(f"{'+' if spec[p] else '-'}{p}" for p, on in MIXERS[spec["kind"]].items() if spec[p] != on)
     on = [p for p in ("ssm", "conv", "gate") if spec[p]]
     return "+" + "+".join(on) if on else "hedgehog"
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hm.adapters import AttentionShape, apply_rotary
-from hm.config import MIXERS
+from hm.config import MIXERS, Settings
 from hm.errors import UserError
 from hm.feature_maps import HedgehogFeatureMap
 from hm.ops import linear_recurrence
@@ -56,6 +56,12 @@ class MixerSpec:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def of(cls, s: Settings, shape: AttentionShape) -> MixerSpec:
+        """What resolved settings ask for, in a layer of this shape."""
+        return cls(s.mixer, bool(s.ssm), bool(s.conv), bool(s.gate), s.feature_map.per_head, s.feature_map.softmax, s.mamba.copy_projections,
+                   s.decay, s.ssm_init, s.scan, shape=asdict(shape))
 
 
 @dataclass
@@ -283,7 +289,7 @@ class Mixer(BaseMixer):
         self.phi_q = self.FEATURE_MAP(s.num_heads, s.head_dim, spec.per_head, spec.softmax)
         self.phi_k = self.FEATURE_MAP(s.num_kv_heads, s.head_dim, spec.per_head, spec.softmax)
         per_channel = (s.head_dim, self.phi_q.out_dim) if spec.decay == "channel" else None
-        self.ssm = SelectiveDecay(s.hidden_size, s.num_heads, per_channel, spec.ssm_init) if spec.ssm else None
+        self.ssm: nn.Module | None = SelectiveDecay(s.hidden_size, s.num_heads, per_channel, spec.ssm_init) if spec.ssm else None
         self.conv = CausalConv(s.hidden_size) if spec.conv else None
         self.gate = Gate(s.hidden_size, self.q_size) if spec.gate else None
 
@@ -291,7 +297,7 @@ class Mixer(BaseMixer):
         """The structured start: every new part is the identity (but for ssm_init="decay"). The projections are left to the caller."""
         for part in (self.phi_q, self.phi_k, self.ssm, self.conv, self.gate):
             if part is not None:
-                part.reset_parameters()
+                part.reset_parameters()  # type: ignore[operator]
 
     @torch.no_grad()
     def copy_attention(self, weights: dict[str, Tensor | None]) -> None:

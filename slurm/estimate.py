@@ -64,15 +64,13 @@ class Estimator:
     def sizes(self, cell: Cell) -> Sizes:
         """Counted without weights: the teacher is built on PyTorch's meta device, and one mixer in place of each attention."""
         s = cell.s
-        name = repr((s.teacher, s.mixer, s.ssm, s.conv, s.gate, s.feature_map, s.keep_attention, s.stage1.train))
+        name = repr((s.teacher, s.mixer, s.ssm, s.conv, s.gate, s.decay, s.feature_map, s.keep_attention, s.stage1.train))
         if name not in self._sizes:
             config = cell.inputs.config(s.teacher)
             adapter = adapter_for(config)
-            spec = MixerSpec(s.mixer, bool(s.ssm), bool(s.conv), bool(s.gate), s.feature_map.per_head, s.feature_map.softmax,
-                             shape=vars(adapter.shape(config)).copy())  # fmt: skip
             with torch.device("meta"):
                 teacher = AutoModelForCausalLM.from_config(config)
-                mixer = build_mixer(spec, 0)
+                mixer = build_mixer(MixerSpec.of(s, adapter.shape(config)), 0)
             layers = config.num_hidden_layers - len(kept_layers(s.keep_attention, config.num_hidden_layers))
             counts = teacher_counts(teacher)
             replaced = parameters(adapter.attention(adapter.layers(teacher)[0]))

@@ -262,9 +262,29 @@ def test_feature_maps_that_a_mixer_makes_behind_stage_1s_back_are_refused(cell, 
             self.phi_q = own(self.shape.num_heads, self.shape.head_dim)
 
     monkeypatch.setitem(KINDS, "cubed", Hidden)
-    made = cell(**TWO_STAGE, mixer="cubed")
     with pytest.raises(TypeError, match="Hidden has feature maps of its own: name their class in FEATURE_MAP"):
-        made.fresh_student(made.teacher())
+        cell(**TWO_STAGE, mixer="cubed")
+
+
+def test_what_a_mixer_refuses_is_refused_before_any_work(settings, monkeypatch):
+    class Fixed(Mixer):
+        def __init__(self, spec, layer_idx):
+            if spec.ssm:
+                raise UserError("ssm=true can't be had with mixer=fixed; leave ssm out.")
+            super().__init__(spec, layer_idx)
+
+    monkeypatch.setitem(KINDS, "fixed", Fixed)
+    monkeypatch.setitem(MIXERS, "fixed", {"ssm": False, "conv": False, "gate": False})
+    check(settings(mixer="fixed"))
+    with pytest.raises(UserError, match="ssm=true can't be had with mixer=fixed"):
+        check(settings(mixer="fixed", ssm=True))
+
+
+@pytest.mark.parametrize(("parts", "name"), [({}, "hedgehog_bypass"), ({"gate": True}, "hedgehog_bypass_gate"), ({"conv": True, "gate": True}, "hedgehog_bypass_conv_gate")])
+def test_a_mixer_of_another_kind_is_named_with_the_parts_that_were_switched(cell, parts, name):
+    made = cell(**TWO_STAGE, mixer="hedgehog_bypass", **parts)
+    assert made.name.startswith(f"{name}-")
+    assert made.parts == name.replace("_conv", "+conv").replace("_gate", "+gate")
 
 
 def test_a_cell_with_the_same_settings_in_another_study_takes_over_its_results(cell, trained, tmp_path):

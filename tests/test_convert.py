@@ -202,6 +202,11 @@ def test_tied_embeddings_stay_one_parameter(make_teacher):
     assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
 
 
+def test_what_nothing_decays_with_has_no_decay_in_its_config(teacher):
+    student = convert(teacher, "hedgehog", decay="channel", ssm_init="decay")
+    assert (student.config.mixer["decay"], student.config.mixer["ssm_init"]) == ("head", "exact")
+
+
 # --- what is trained
 
 

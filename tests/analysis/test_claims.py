@@ -275,6 +275,14 @@ def test_the_runs_that_would_decide_are_command_lines_that_the_sweep_takes(lab, 
         check_typed(typed)
 
 
+def test_the_command_that_would_decide_has_what_the_scale_does_not_say(lab):
+    lab.cell("hedgemamba", 30.0, scale="tiny", teacher="my/model", seq_len=128, eval={"sequences": 8})
+    lab.cell("hedgemamba", 30.0, scale="tiny", teacher="tiny", seq_len=256, eval={"sequences": 150})
+    own, plain = (shlex.split(f.decide) for f in lab.verdict("C1").findings)
+    assert {"teacher=my/model", "seq_len=128", "eval.sequences=8"} <= set(own)
+    assert not [typed for typed in plain if typed.startswith(("teacher=", "seq_len=", "eval.", "data="))]
+
+
 def test_the_reason_beside_a_verdict_is_that_of_its_place(lab):
     lab.teacher()
     lab.cell("mamba", 21.0, recipe="one_step", split=0)

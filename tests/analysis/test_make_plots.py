@@ -205,3 +205,13 @@ def test_a_line_joins_cells_of_the_same_settings_though_others_are_better(runs):
     assert curve.x == [10, 50, 90]
     assert curve.y == pytest.approx([50, 60, 100])
     assert [s.y[0] for s in named(made, "mixer").series[:2]] == pytest.approx([75, 60])
+
+
+def test_a_mixer_that_the_paper_does_not_have_is_drawn_too(runs):
+    runs.teacher("mixer")
+    for mixer, ppl in (("hedgehog", 30.0), ("retention", 26.0)):
+        for one in (10, 50):
+            runs.add("mixer", f"{mixer} {one}", ppl, mixer=mixer, one=one, two=100 - one)
+    made = all_plots(records_of(load_records(runs.root)))[0]
+    assert [s.label for s in named(made, "mixer").series[:2]] == ["hedgehog", "retention"]
+    assert line(named(made, "split"), "retention").x == [10, 50]
