@@ -278,13 +278,14 @@ def cell_names(records: list[Record]) -> list[tuple[str, Record]]:
 
 
 def borrowed(mine: list[Record], others: list[Record], notes: list[str]) -> list[Record]:
-    """Teachers of other studies, measured as this one's students are, where it has none of its own."""
+    """Teachers of other studies, measured as this one's students are, where it has none of its own (of adapted ones, of their budget)."""
     found: list[Record] = []
     students = [r for r in mine if recipe_of(r) not in TEACHERS]
     for recipe in TEACHERS:
         own = [r for r in mine if recipe_of(r) == recipe]
         alike = {(*(text(s.get(k, "null")) for k in YARDSTICK), tokens_of(s, 2)): s for s in students}
-        wanting = [s for s in alike.values() if not any(comparable(r, s) for r in own)]
+        wanting = [s for s in alike.values() if not any(
+            comparable(r, s) and (recipe == "teacher" or _budget(r, "settings.budget") == _budget(s, "settings.budget")) for r in own)]
         lent = [r for r in others if recipe_of(r) == recipe and any(
             comparable(r, s) and (recipe == "teacher" or tokens_of(r, 2) == tokens_of(s, 2)) for s in wanting)]
         lent = list({r["key"]: r for r in lent}.values())

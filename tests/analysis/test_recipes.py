@@ -149,3 +149,13 @@ def test_a_row_that_was_run_at_several_splits_says_which_one_also_where_there_is
     rows = study.rows("recipes")
     assert {name: {key for key in cells if key.startswith("ppl")} for name, cells in rows.items() if name.startswith("both")} == {
         "both (50/50)": {"ppl_1k", "ppl_2k"}, "both (75/25)": {"ppl_4k"}}
+
+
+def test_at_a_budget_without_an_adapted_teacher_of_its_own_another_studys_is_taken(runs):
+    for budget in (1000, 2000):
+        add(runs, "best", budget, (25.0,))
+    add(runs, "adapted_teacher", 1000, (20.0,))
+    runs.add("main", "adapted_teacher", 19.0, recipe="adapted_teacher", one=200, two=1800)
+    rows = runs.rows("recipes")
+    assert {key: rows["best"][f"log_gap_{key}"].value for key in ("1k", "2k")} == pytest.approx({"1k": math.log(25 / 20), "2k": math.log(25 / 19)})
+    assert rows["adapted_teacher"]["ppl_2k"].value == 19.0
