@@ -273,8 +273,9 @@ def in_order(study: str, label: str) -> tuple[int, list[tuple[int, float, str]]]
 
 
 def cell_names(records: list[Record]) -> list[tuple[str, Record]]:
-    """Row names where none are known: the cell's, with the settings that cells of one name differ in."""
-    return apart([(str(r.get("row") or r.get("settings.row") or r["cell"]), r) for r in records], [])
+    """Row names where none are known: the cell's without its seed, with the settings that cells of one name differ in."""
+    return apart([(str(r.get("row") or r.get("settings.row") or r["cell"].removesuffix(f"-s{text(r.get('settings.seed', ''))}")), r)
+                  for r in records], [])
 
 
 def borrowed(mine: list[Record], others: list[Record], notes: list[str]) -> list[Record]:

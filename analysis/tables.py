@@ -156,7 +156,7 @@ def _columns(study: str, rows: list[Row]) -> list[Column]:
 
 def _caption(study: str, records: list[Record]) -> str:
     if study not in TITLES:
-        return f"Study {study}, one row for each cell."
+        return f"Study {study}, one row for each cell and its seeds."
     ours = []
     for setting, what in (("teacher", "teacher"), ("scale", "scale"), ("data", "data"), ("seq_len", "sequence length"),
                           ("budget", "budget")):

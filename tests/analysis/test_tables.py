@@ -487,3 +487,11 @@ def test_a_label_says_no_setting_that_follows_from_another_unless_rows_need_it(r
     for seed, weight in ((0, 0.5), (1, 0.1)):
         runs.add("main", "x", 32.0, seed=seed, mixer="ssm", ssm=True, gate=False, one=50, two=50, stage2={"loss": "ce+kl", "kl_weight": weight})
     assert sum("kl_weight=0.1" in label for label in runs.rows("main")) == 1
+
+
+def test_cells_of_no_study_are_rows_with_their_seeds(runs):
+    for seed, ppl in enumerate((30.0, 31.0)):
+        runs.add("default", ppl=ppl, seed=seed, cell=f"ssm-10-90-s{seed}", mixer="ssm")
+    runs.add("default", ppl=40.0, cell="hedgehog-10-90-s0", mixer="hedgehog")
+    rows = runs.rows("default")
+    assert {name: (cells["ppl"].value, cells["seeds"].value) for name, cells in rows.items()} == {"ssm-10-90": (30.5, 2), "hedgehog-10-90": (40.0, 1)}
