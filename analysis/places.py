@@ -172,7 +172,6 @@ class Place:
         if self.budget:  # the rows of the budget study are parts of the scale's own budget
             typed.append(f"{'default_budget' if '+study=budget' in what else 'budget'}={human(self.budget)}")
         usual = scale_of(str(first.get("settings.scale", "tiny")))
-        usual = usual | {"eval.sequences": usual.get("eval", {}).get("sequences")}
         for name in ("teacher", "data", "validation", "seq_len", "eval.sequences"):
             value = first.get(f"settings.{name}")
             if value is not None and value != usual.get(name):

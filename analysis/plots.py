@@ -372,7 +372,8 @@ def _decay(place: Place) -> Iterator[Plot]:
 
 def _dash(used: dict[str, int], cells: Cells) -> str:
     """The next line style of this colour. Mixers that have none of their own share one."""
-    colour = _colour(cells) if _colour(cells) in {*MIXERS, *TEACHERS, "one_step"} else "other"
+    colour = _colour(cells)
+    colour = colour if colour in {*MIXERS, *TEACHERS, "one_step"} else "other"
     count = used.get(colour, 0)
     used[colour] = count + 1
     return STYLES[count % len(STYLES)]

@@ -258,11 +258,12 @@ def listed(study: str) -> dict[str, int]:
 
 @cache
 def scale_of(name: str) -> dict[str, Any]:
-    """The settings of a scale of sweeps/scale; none where there is no such file."""
+    """The settings of a scale of sweeps/scale by their full names; none where there is no such file."""
     import yaml
 
     file = {p.stem: p for p in (SWEEPS / "scale").glob("*.yaml")}.get(name)
-    return yaml.safe_load(file.read_text()) if file else {}
+    given = yaml.safe_load(file.read_text()) if file else {}
+    return given | {f"{group}.{name}": value for group, section in given.items() if isinstance(section, dict) for name, value in section.items()}
 
 
 def in_order(study: str, label: str) -> tuple[int, list[tuple[int, float, str]]]:

@@ -228,7 +228,7 @@ class Cell:
         if s.mixer == "mamba":
             return convert(teacher, "mamba", keep_attention=kept, copy_projections=s.mamba.copy_projections, scan=s.scan, seed=s.seed)
         return convert(teacher, "hedgehog" if plain and not own_feature_map(s.mixer) else s.mixer, **parts, keep_attention=kept, feature_map=s.feature_map,
-                       decay="head" if plain else s.decay, ssm_init="exact" if plain else s.ssm_init, scan=s.scan, seed=s.seed)
+                       decay=s.decay, ssm_init=s.ssm_init, scan=s.scan, seed=s.seed)
 
     @contextmanager
     def watched(self, name: str, work: Path, key: str, steps: int, stage: Any) -> Iterator[Run]:

@@ -30,7 +30,8 @@ def check(settings: Settings, device: torch.device | None = None, inputs: Inputs
         UserError: one sentence that names the setting, the value and the remedy.
     """
     s = settings.resolve()
-    config = (inputs or Inputs()).config(s.teacher)
+    inputs = inputs or Inputs()
+    config = inputs.config(s.teacher)
     longest = max_seq_len(config)
     if s.seq_len > longest:
         raise UserError(f"seq_len={s.seq_len} is longer than the teacher {s.teacher} was made for; lower it to {longest} or less.")
@@ -41,9 +42,11 @@ def check(settings: Settings, device: torch.device | None = None, inputs: Inputs
     if len(kept_layers(s.keep_attention, config.num_hidden_layers)) == config.num_hidden_layers:
         raise UserError(f"keep_attention={s.keep_attention} keeps all {config.num_hidden_layers} layers, so nothing is converted; keep fewer.")
     shape = adapter_for(config).shape(config)
-    if s.recipe in ("two_stage", "one_step"):
+    spec = MixerSpec.of(s, shape)
+    if s.recipe in ("two_stage", "one_step") and repr(spec) not in inputs.built:
         with torch.device("meta"):
-            build_mixer(MixerSpec.of(s, shape), 0)  # a mixer may refuse what it can't do
+            build_mixer(spec, 0)  # a mixer may refuse what it can't do
+        inputs.built.add(repr(spec))
     if device is None:
         resolve_scan(s.scan, pick_device(s.device), 2 * shape.head_dim, s.decay)
     if s.tracker == "wandb" and find_spec("wandb") is None:

@@ -22,6 +22,7 @@ class Inputs:
         self.teacher = cache(fingerprint)
         self.text = cache(spec_fingerprint)
         self.tokens_key = cache(self._tokens_key)
+        self.built: set[str] = set()  # mixers that can be had
 
     def _tokens_key(self, teacher: str, spec: DataSpec) -> str:
         """The key of the token shards of a text under a teacher's tokenizer."""

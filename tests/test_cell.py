@@ -22,6 +22,7 @@ from hm.data import DataSpec, TokenDataset, validation_batches
 from hm.errors import UserError
 from hm.evaluate import perplexity
 from hm.feature_maps import HedgehogFeatureMap
+from hm.inputs import Inputs
 from hm.mixer import KINDS, Mixer
 from hm.record import curve
 from hm.store import Store
@@ -276,6 +277,10 @@ def test_what_a_mixer_refuses_is_refused_before_any_work(settings, monkeypatch):
     monkeypatch.setitem(KINDS, "fixed", Fixed)
     monkeypatch.setitem(MIXERS, "fixed", {"ssm": False, "conv": False, "gate": False})
     check(settings(mixer="fixed"))
+    shared = Inputs()
+    for _ in range(2):
+        check(settings(mixer="fixed"), inputs=shared)
+    assert len(shared.built) == 1
     with pytest.raises(UserError, match="ssm=true can't be had with mixer=fixed"):
         check(settings(mixer="fixed", ssm=True))
 
